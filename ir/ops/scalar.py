@@ -1,0 +1,33 @@
+"""Rows of numbers computed from sizes, and of taking one output of several."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+from paretorch.ir.ops.costs import zero
+from paretorch.ir.ops.table import Op, Target, define
+
+
+def _scalar(name: str, *targets: Target) -> None:
+    define(Op(name=name, targets=targets, kind="scalar", flops=zero, bytes=zero, axes="scalar"))
+
+
+_scalar("sym_size", torch.ops.aten.sym_size.int)
+_scalar("sym_numel", torch.ops.aten.sym_numel.default)
+_scalar("int_add", operator.add)
+_scalar("int_sub", operator.sub)
+_scalar("int_mul", operator.mul)
+_scalar("int_floordiv", operator.floordiv)
+_scalar("int_mod", operator.mod)
+_scalar("int_neg", operator.neg)
+_scalar("float_div", operator.truediv)
+_scalar("int_eq", operator.eq)
+_scalar("int_ge", operator.ge)
+_scalar("int_le", operator.le)
+_scalar("int_gt", operator.gt)
+_scalar("int_lt", operator.lt)
+_scalar("sym_max", torch.sym_max)
+_scalar("sym_min", torch.sym_min)
+_scalar("getitem", operator.getitem)

@@ -1,0 +1,79 @@
+"""Rules: a name, where it may act, what it puts there, and facts about it.
+
+A local rule gives `pattern`, `legality` and `replacement`; a rule without a local pattern gives `sites` and `rewrite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from paretorch.ir.analyze import Facts
+from paretorch.ir.graph import Graph
+
+FAMILIES = ("block_fusion", "token_merging", "layer_skipping", "sparse_attention", "precision")
+
+# What a rewrite may read or invalidate; two rewrites conflict if one invalidates what the other reads downstream of it.
+PROPERTIES = ("positions", "token_count", "grid", "batch_independence", "cache", "heads")
+
+Knob = int | float | str | None
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The same function over the reals."""
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """Another function. knob: what it is called; values: the first is the identity, then weaker to stronger."""
+
+    knob: str
+    values: tuple[Knob, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a rule may act. name: stable under other rewrites, made of node names; label: the place in the user's model."""
+
+    name: str
+    label: str = ""
+    values: tuple[Knob, ...] | None = None  # knob values legal here; None for all of the rule's
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a rule may not act at a place; reason is a sentence with the values in it."""
+
+    rule: str
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """name: verb_object, or the published name. saves: what shrinks ("flops", "bytes", "launches", "memory")."""
+
+    name: str
+    family: str
+    effect: Exact | Lossy
+    saves: tuple[str, ...]
+    source: str
+    example: Callable[..., Graph]
+    pattern: Callable[..., Any] | None = None
+    legality: Callable[..., str | None] | None = None
+    replacement: Callable[..., Any] | None = None
+    sites: Callable[[Graph, Facts], Iterable[Site | Refusal]] | None = None
+    rewrite: Callable[[Graph, Site, Knob], Graph] | None = None
+    reads: frozenset[str] = field(default_factory=frozenset)
+    invalidates: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def is_exact(self) -> bool:
+        return isinstance(self.effect, Exact)
+
+    @property
+    def knobs(self) -> tuple[Knob, ...]:
+        """All knob values, the identity first; (None,) for an exact rule."""
+        return self.effect.values if isinstance(self.effect, Lossy) else (None,)
