@@ -24,7 +24,7 @@ from torch import Tensor
 
 from paretorch.demo.model import FashionViT
 
-EPOCHS = 3
+EPOCHS = 6
 BATCH = 128
 PEAK_LEARNING_RATE = 2e-3
 KEPT_PATCHES = 98  # of 196, while training

@@ -1,0 +1,122 @@
+"""Lowering contenders and racing them: what the plan chooses by prediction, the clock confirms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paretorch.cost_model.measure import race
+from paretorch.ir.errors import ParetorchError
+from paretorch.ir.graph import Graph
+from paretorch.ir.protocols import Executable, Measurement, Runtime
+
+ROUNDS = 12
+CLOSE = 1.5  # runtimes predicted within this factor of the best are compiled and raced
+CLOSE_TO_COMPILE = 1.25  # the same for runtimes whose compilation takes long
+SLOW_TO_COMPILE = ("inductor",)
+
+# Relative error (norm of the difference over norm) that rounding may make between two forms of the same function.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A lowered graph that may be handed out. variant: which graph it is; predicted: seconds."""
+
+    variant: str
+    runtime: str
+    graph: Graph
+    execute: Executable
+    predicted: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.variant} on {self.runtime}"
+
+
+@dataclass
+class Lowering:
+    """Compiles graphs on runtimes, once each, and keeps the reasons of those that failed."""
+
+    runtimes: dict[str, Runtime]
+    example: tuple[Tensor, ...]
+    failures: dict[str, str] = field(default_factory=dict)
+    _done: dict[tuple[int, str], tuple[Graph, Executable]] = field(default_factory=dict)
+
+    def compile(self, graph: Graph, runtime: str) -> Executable | None:
+        """None if the runtime cannot take this graph; the reason is kept in `failures`."""
+        key = (id(graph), runtime)
+        if key not in self._done:
+            refusal = self.runtimes[runtime].refuses(graph)
+            if refusal is not None:
+                self.failures[runtime] = refusal
+                return None
+            try:
+                with torch.no_grad():
+                    self._done[key] = (graph, self.runtimes[runtime].compile(graph, self.example))
+            except ParetorchError as error:  # reported: the runtime is left out, the others go on
+                self.failures[runtime] = str(error)
+                return None
+        return self._done[key][1]
+
+    def forget(self, graph: Graph) -> None:
+        """Drop what was compiled from this graph."""
+        self._done = {key: value for key, value in self._done.items() if value[0] is not graph}
+
+
+def contenders(lowering: Lowering, variants: dict[str, Graph], predicted: dict[tuple[str, str], float]) -> list[Contender]:
+    """Compile what is predicted to be close to the best. predicted: seconds by (variant, runtime)."""
+    best = min(predicted.values(), default=0.0)
+    entered = []
+    for (variant, runtime), seconds in sorted(predicted.items(), key=lambda item: (item[1], item[0])):
+        limit = CLOSE_TO_COMPILE if runtime in SLOW_TO_COMPILE else CLOSE
+        if seconds > limit * best:
+            continue
+        execute = lowering.compile(variants[variant], runtime)
+        if execute is not None:
+            entered.append(Contender(variant, runtime, variants[variant], execute, seconds))
+    return entered
+
+
+def disagreement(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
+    """None if the outputs are the same up to rounding; otherwise a sentence with the relative error."""
+    if len(expected) != len(found):
+        return f"it returns {len(found)} values; the original returns {len(expected)}"
+    for number, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if not isinstance(a, Tensor):
+            continue
+        if a.shape != b.shape:
+            return f"output {number} has shape {list(b.shape)}; the original's has {list(a.shape)}"
+        if not a.dtype.is_floating_point:
+            if not torch.equal(a, b.to(a.dtype)):
+                return f"output {number}, {a.dtype}, differs from the original's"
+            continue
+        error, limit = relative_error(a, b), TOLERANCE.get(a.dtype, 1e-4)
+        if not error <= limit:
+            return f"output {number} differs from the original's by {error:.2g} (relative); {limit:.0e} is allowed for {a.dtype}"
+    return None
+
+
+def relative_error(expected: Tensor, found: Tensor) -> float:
+    """Norm of the difference over the norm, over the entries that are finite in the original; inf where finiteness differs."""
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return float("inf")
+    a, b = expected[finite].double(), found[finite].double()
+    scale = float(a.norm())
+    return float((a - b).norm()) / scale if scale else float((a - b).norm())
+
+
+def run_race(
+    entered: Iterable[Contender], example: tuple[Tensor, ...], original: Executable | None, seed: int, rounds: int = ROUNDS
+) -> dict[str, Measurement]:
+    """Time all contenders and the original side by side, by label; the original is "original"."""
+    calls: dict[str, Any] = {c.label: (lambda c=c: c.execute(*example)) for c in entered}
+    if original is not None:
+        calls["original"] = lambda: original(*example)
+    with torch.no_grad():
+        return race(calls, rounds=rounds, seed=seed)

@@ -1,0 +1,215 @@
+"""The state of one `optimize`: graphs, prices, the judge, evidence. Kept by its result, so that `choose` needs no new search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from paretorch.budget import Budget
+from paretorch.capture import Program
+from paretorch.codegen.runtimes import RUNTIMES
+from paretorch.contest import Lowering
+from paretorch.cost_model.calibrate import analytic, calibrate
+from paretorch.cost_model.devices import Target
+from paretorch.cost_model.price import Prices
+from paretorch.cost_model.quality import paired_drop
+from paretorch.data import prepare
+from paretorch.ir.errors import PlanError
+from paretorch.ir.graph import Graph
+from paretorch.ir.hash import structural_hash
+from paretorch.ir.protocols import Executable
+from paretorch.judge import Judge
+from paretorch.ledger import Entry, Ledger
+from paretorch.plan import Choice
+from paretorch.rewrites.apply import Candidate, apply_choice
+from paretorch.rewrites.rule import Refusal, Rule
+from paretorch.search import Point, Problem, search
+from paretorch.stages import Stages
+
+ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
+MAX_EVALUATIONS = 24
+KEPT_GRAPHS = 64
+
+
+@dataclass
+class Session:
+    """See the module's card. `exact` is the normalized graph after the exact rules."""
+
+    program: Program
+    normalized: Graph
+    target: Target
+    budget: Budget
+    stages: Stages
+    rules: tuple[Rule, ...]
+    prices: Prices
+    lowering: Lowering
+    judge: Judge | None
+    seed: int
+    executor: Executor | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    notes: list[str] = field(default_factory=list)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    exact_rules: list[str] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    anchors: dict[tuple[str, bool], float] = field(default_factory=dict)
+    exact: Graph = field(init=False)
+    exact_result: Any = None  # the Optimized of the exact plan, what `choose` falls back to
+    _applied: dict[tuple[Choice, ...], Graph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.exact = self.normalized
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The structural hash that a saved plan is checked against."""
+        return structural_hash(self.normalized)
+
+    @property
+    def exact_candidates(self) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if rule.is_exact)
+
+    @property
+    def lossy(self) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if not rule.is_exact)
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """Names of the runtimes that the target allows and that are installed; for a device that is not here, those it is priced for."""
+        return self.target.runtimes if not self.target.is_here else tuple(self.lowering.runtimes)
+
+    def refuse(self, refusals: Iterable[Refusal]) -> None:
+        families = {rule.name: rule.family for rule in self.rules}
+        for refusal in refusals:
+            self.ledger.add(Entry(refusal.rule, families.get(refusal.rule, ""), refusal.site, "illegal", refusal.reason))
+
+    # prices
+
+    def predicted(self, graph: Graph, runtime: str) -> float:
+        """Predicted seconds on one runtime, corrected by what this very model measured there, if it did."""
+        return self.prices.graph_cost(graph, runtime).seconds * self.anchors.get((runtime, is_reduced(graph)), 1.0)
+
+    def price(self, graph: Graph) -> tuple[float, str]:
+        """Predicted seconds on the runtime that is predicted to be fastest."""
+        able = [name for name in self.runtimes if not self.target.is_here or self.lowering.runtimes[name].refuses(graph) is None]
+        return min(((self.predicted(graph, name), name) for name in able), default=(float("inf"), "eager"))
+
+    # plans
+
+    def apply(self, choices: tuple[Choice, ...]) -> Graph:
+        """The exact graph with these choices applied. Raises PlanError if they do not go together."""
+        ordered = self.ordered(choices)
+        by_name = {rule.name: rule for rule in self.rules}
+        graph, done = self.exact, 0
+        for length in range(len(ordered), 0, -1):
+            if ordered[:length] in self._applied:
+                graph, done = self._applied[ordered[:length]], length
+                break
+        for length in range(done, len(ordered)):
+            choice = ordered[length]
+            if choice.rule not in by_name:
+                raise PlanError(f"the plan uses the rule {choice.rule!r}, which is not among the rules of this call")
+            graph = apply_choice(by_name[choice.rule], graph, choice.site, choice.knob)
+            while len(self._applied) >= KEPT_GRAPHS:
+                self._applied.pop(next(iter(self._applied)))
+            self._applied[ordered[: length + 1]] = graph
+        return graph
+
+    def ordered(self, choices: Iterable[Choice]) -> tuple[Choice, ...]:
+        """In the order of application: by family, then by place in the graph."""
+        families = {rule.name: rule.family for rule in self.rules}
+        places = {node.name: place for place, node in enumerate(self.exact.nodes)}
+
+        def key(choice: Choice) -> tuple[int, int, str]:
+            family = families.get(choice.rule, "")
+            return (ORDER.index(family) if family in ORDER else len(ORDER), places.get(choice.site, len(places)), str(choice))
+
+        return tuple(sorted(choices, key=key))
+
+    def eager(self, graph: Graph) -> Executable:
+        """The graph as plain torch, for evaluations while the search runs."""
+        module = graph.module()
+
+        def execute(*inputs: torch.Tensor) -> tuple[Any, ...]:
+            with torch.no_grad():
+                return module(*inputs)  # type: ignore[no-any-return]
+
+        return execute
+
+    # search
+
+    def search(self, candidates: Sequence[Candidate]) -> None:
+        """Fill `points` with evaluated plans."""
+        judge, limit = self.judge, self.budget.limit
+        assert judge is not None  # search is called with a budget
+        assert limit is not None
+
+        def loss(graph: Graph) -> tuple[float, float, int]:
+            drop = paired_drop(judge.ranking(self.eager(graph)), seed=self.seed)
+            return drop.mean, drop.half_width, drop.n
+
+        problem = Problem(
+            candidates=candidates,
+            apply=self.apply,
+            price=self.price,
+            drift=lambda graph, samples: judge.output_drift(self.eager(graph), samples),
+            loss=loss,
+            limit=limit,
+            max_evaluations=MAX_EVALUATIONS,
+            stages=self.stages,
+            seed=self.seed,
+            record=self._record,
+            evidence=self.evidence,
+        )
+        with self.stages("search"):
+            self.points = search(problem)
+        for point in self.points:
+            self.evidence[f"loss {'; '.join(map(str, point.choices)) or 'exact'}"] = [point.loss, point.half_width, point.samples]
+
+    def _record(self, verdict: str, choice: Choice, reason: str, saved: float | None, drift: float | None) -> None:
+        family = next((rule.family for rule in self.rules if rule.name == choice.rule), "")
+        self.ledger.add(Entry(choice.rule, family, choice.site, verdict, reason, choice.knob, saved, drift))
+
+
+def is_reduced(graph: Graph) -> bool:
+    """Whether any value of the graph has half precision."""
+    half = (torch.bfloat16, torch.float16)
+    return any(isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dtype in half for node in graph.calls)
+
+
+def open_session(
+    program: Program,
+    graph: Graph,
+    target: Target,
+    budget: Budget,
+    data: Iterable[Any] | None,
+    stages: Stages,
+    rules: tuple[Rule, ...],
+    seed: int,
+    executor: Executor | None,
+) -> Session:
+    """Calibrate (or read a calibration), prepare the data, and put everything together. Raises BudgetError, TargetError."""
+    runtimes = {name: RUNTIMES[name] for name in target.runtimes if RUNTIMES[name].refuses() is None} if target.is_here else {}
+    judge = None
+    if not budget.is_exact:
+        with stages("data"):
+            judge = Judge(program, budget, prepare(program, data, budget, seed), program.callable_with)
+    with stages("calibrate"):
+        prices = Prices(calibrate(runtimes) if target.is_here else analytic(target.device), target.device)
+    return Session(
+        program=program,
+        normalized=graph,
+        target=target,
+        budget=budget,
+        stages=stages,
+        rules=rules,
+        prices=prices,
+        lowering=Lowering(runtimes, program.example),
+        judge=judge,
+        seed=seed,
+        executor=executor,
+    )

@@ -1,0 +1,171 @@
+"""The last gate: what is handed out was compiled, compared with the original, and timed beside it. Never slower, never silently different."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from paretorch.contest import Contender, contenders, disagreement, run_race
+from paretorch.cost_model.measure import ratio
+from paretorch.cost_model.quality import Drop, accepts, paired_drop
+from paretorch.ir.graph import Graph
+from paretorch.ir.protocols import Executable, Measurement
+from paretorch.ledger import Entry
+from paretorch.optimized import Optimized
+from paretorch.plan import Choice, Plan
+from paretorch.report import Report
+from paretorch.search import Point
+from paretorch.session import Session, is_reduced
+
+ATTEMPTS = 5  # plans that are compiled and judged on held-out data before the exact one is returned
+ANCHOR_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What will be handed out: a contender, or the original if it is None."""
+
+    contender: Contender | None
+    choices: tuple[Choice, ...] = ()
+    drop: Drop | None = None
+
+
+def settle_exact(session: Session) -> Optimized:
+    """The fastest exact contender on any allowed runtime, if it beats the original. Anchors the session's prices by what was measured."""
+    if not session.target.is_here:
+        return _unmeasured(session, (), session.exact)
+    original = session.program.run_original
+    expected = original(*session.program.example)
+    variants: dict[str, Graph] = {"exact": session.exact}
+    if session.exact_rules:
+        variants["normalized"] = session.normalized
+    predicted = {
+        (variant, runtime): session.predicted(graph, runtime)
+        for variant, graph in variants.items()
+        for runtime in session.runtimes
+        if session.lowering.runtimes[runtime].refuses(graph) is None
+    }
+    with session.stages("lower"):
+        entered = contenders(session.lowering, variants, predicted)
+    with session.stages("check"):
+        agreed = _agreeing(session, entered, expected)
+    with session.stages("measure"):
+        measured = run_race(agreed, session.program.example, original, session.seed)
+        _anchor(session, agreed, measured)
+    best = min(agreed, key=lambda c: (measured[c.label].seconds, c.label), default=None)
+    if best is not None and _is_slower(measured[best.label], measured["original"]):
+        session.notes.append(f"the best exact plan ({best.label}) was not faster than the original; the original is returned")
+        best = None
+    return _hand_out(session, Outcome(best), measured)
+
+
+def settle(session: Session, exact: Optimized, limit: float | None = None) -> Optimized:
+    """The fastest evaluated plan that holds on held-out data and on the clock; `exact` if none does."""
+    limit = session.budget.limit if limit is None else limit
+    assert limit is not None and session.judge is not None  # only called with a budget  # noqa: PT018
+    if not session.target.is_here:
+        best = next(point for point in session.points if point.loss <= limit)
+        return _unmeasured(session, best.choices, session.apply(best.choices))
+    hopeful = [point for point in session.points if point.choices and point.loss <= limit]
+    for point in hopeful[:ATTEMPTS]:
+        outcome = _judge(session, point, limit)
+        if outcome is None or outcome.contender is None:
+            continue
+        with session.stages("measure"):
+            rivals = [outcome.contender, *([exact.contender] if exact.contender is not None else [])]
+            measured = run_race(rivals, session.program.example, session.program.run_original, session.seed)
+        ours = measured[outcome.contender.label]
+        best_other = min((m for name, m in measured.items() if name != outcome.contender.label), key=lambda m: m.seconds)
+        if _is_slower(ours, best_other):
+            _note(session, point, "not taken", f"measured {ours.seconds * 1e3:.2f} ms, no faster than the exact plan")
+            continue
+        return _hand_out(session, outcome, measured)
+    if not hopeful:
+        session.notes.append("no approximate plan was within the budget on the ranking data; the exact plan is returned")
+    return exact
+
+
+def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
+    """Compile this plan where it is predicted to be fastest and measure its paired drop on held-out data; None if refused."""
+    judge = session.judge
+    assert judge is not None  # settle checked
+    graph = session.apply(point.choices)
+    with session.stages("lower"):
+        predicted = {
+            ("plan", name): session.predicted(graph, name)
+            for name in session.runtimes
+            if session.lowering.runtimes[name].refuses(graph) is None
+        }
+        entered = contenders(session.lowering, {"plan": graph}, predicted)
+    if not entered:
+        _note(session, point, "failed", "; ".join(f"{name}: {why}" for name, why in session.lowering.failures.items()))
+        return None
+    with session.stages("measure"):
+        measured = run_race(entered, session.program.example, None, session.seed, ANCHOR_ROUNDS)
+    best = min(entered, key=lambda c: (measured[c.label].seconds, c.label))
+    with session.stages("held out"):
+        drop = paired_drop(judge.held_out(best.execute), seed=session.seed)
+    refusal = accepts(drop, limit, session.budget.confidence)
+    session.evidence[f"held out {'; '.join(map(str, point.choices))}"] = [drop.mean, drop.half_width, drop.n]
+    if refusal is not None:
+        _note(session, point, "over budget", refusal)
+        return None
+    return Outcome(best, session.ordered(point.choices), drop)
+
+
+def _agreeing(session: Session, entered: Sequence[Contender], expected: Sequence[object]) -> list[Contender]:
+    """Contenders whose outputs on the example are the original's; the others are reported."""
+    agreed = []
+    for contender in entered:
+        problem = disagreement(expected, contender.execute(*session.program.example))
+        if problem is None:
+            agreed.append(contender)
+        else:
+            session.notes.append(f"{contender.label} was left out: {problem}")
+    return agreed
+
+
+def _anchor(session: Session, entered: Sequence[Contender], measured: dict[str, Measurement]) -> None:
+    """Measured over predicted seconds of this model, by runtime: corrects the predictions of its plans."""
+    for contender in entered:
+        if contender.variant == "exact" or not session.exact_rules:
+            plain = session.prices.graph_cost(contender.graph, contender.runtime).seconds
+            session.anchors[contender.runtime, is_reduced(contender.graph)] = measured[contender.label].seconds / plain
+            session.anchors.setdefault((contender.runtime, True), measured[contender.label].seconds / plain)
+
+
+def _is_slower(ours: Measurement, other: Measurement) -> bool:
+    """Whether the whole interval of ours / other lies at or above one."""
+    return ratio(ours, other).low >= 1.0
+
+
+def _note(session: Session, point: Point, verdict: str, reason: str) -> None:
+    session.ledger.add(Entry("plan", "", "; ".join(map(str, point.choices)), verdict, reason, None, None, point.loss))
+
+
+def _hand_out(session: Session, outcome: Outcome, measured: dict[str, Measurement]) -> Optimized:
+    """Plan, report and callable of this outcome."""
+    contender = outcome.contender
+    taken = {(choice.rule, choice.site): choice for choice in outcome.choices}
+    for entry in list(session.ledger):
+        choice = taken.get((entry.rule, entry.site))
+        if choice is not None:
+            session.ledger.add(replace(entry, verdict="taken", reason="", knob=choice.knob))
+        elif entry.verdict == "taken" and entry.knob is not None:
+            session.ledger.add(replace(entry, verdict="not taken", reason="other choices save more for the same loss"))
+    exact = tuple(session.exact_rules) if contender is not None and contender.variant != "normalized" else ()
+    runtime = contender.runtime if contender is not None else "original"
+    evidence = {**session.evidence, **{f"seconds {name}": m.seconds for name, m in measured.items()}}
+    plan = Plan(outcome.choices, exact, runtime, session.fingerprint, evidence)
+    report = Report.of(session, plan, contender, outcome.drop, measured)
+    return Optimized(session.program, contender, plan, report, session)
+
+
+def _unmeasured(session: Session, choices: tuple[Choice, ...], graph: Graph) -> Optimized:
+    """For a device that is not here: the gate is the prediction, and the callable runs as plain torch."""
+    seconds, runtime = session.price(graph)
+    execute: Executable = session.eager(graph)
+    session.notes.append(f"{session.target} is not here: nothing was measured, the prediction decided; the callable runs as plain torch")
+    plan = Plan(session.ordered(choices), tuple(session.exact_rules), runtime, session.fingerprint, dict(session.evidence))
+    contender = Contender("plan", runtime, graph, execute, seconds)
+    return Optimized(session.program, contender, plan, Report.of(session, plan, contender, None, {}), session)
