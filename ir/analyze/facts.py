@@ -27,7 +27,8 @@ class Use:
     """How one node treats a token axis.
 
     kind: "pointwise", "mixes" (attention), "pools" (mean, max), "selects" (class token), "positions" (adds or cuts per-token constants),
-    "appends" (cat along the axis), "bakes_length", "returns" (an output of the graph has this axis), "opaque"; reason: a sentence for those that forbid shortening.
+    "appends" (cat along the axis), "bakes_length", "returns" (an output of the graph has this axis), "opaque".
+    reason: a sentence for those that forbid shortening; empty where the length can be derived again (a view that names it).
     """
 
     node: str
