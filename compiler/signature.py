@@ -1,0 +1,168 @@
+"""The calling convention of a captured model: from the user's arguments to flat tensors, and from flat results to the user's structure."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from paretorch.ir.errors import ArtifactError, InputError
+from paretorch.ir.types import DTYPE_NAMES
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of the flattened arguments: a tensor input of the graph, or a value that was fixed at capture.
+
+    path: how the user names it ("images", "past[0].keys"); shape: None marks a size that may vary; value: what was fixed.
+    """
+
+    path: str
+    is_tensor: bool
+    dtype: str = ""
+    shape: tuple[int | None, ...] = ()
+    value: Any = None
+
+
+@dataclass
+class Signature:
+    """parameters: (name, has default, kind) of the model's forward; order: names bound at capture, positional ones first.
+
+    outputs: for each leaf of the output its place in the graph's results, or the value that it always has.
+    """
+
+    parameters: tuple[tuple[str, bool, str], ...]
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+    input_spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+    output_spec: pytree.TreeSpec
+    outputs: tuple[tuple[str, Any], ...]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The graph's flat inputs. Raises InputError with the argument's name, what was expected and what was found."""
+        bound = self._bind(args, kwargs)
+        structure = (tuple(bound[name] for name in self.positional), {name: bound[name] for name in self.keywords})
+        found, spec = pytree.tree_flatten(structure)
+        if spec != self.input_spec:
+            raise InputError(f"the inputs are structured as {_brief(spec)}; the model was captured with {_brief(self.input_spec)}")
+        return self.check([value for leaf, value in zip(self.leaves, found, strict=True) if self._is_input(leaf, value)])
+
+    def check(self, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Dtypes and shapes. Raises InputError."""
+        expected = [leaf for leaf in self.leaves if leaf.is_tensor]
+        if len(tensors) != len(expected):
+            raise InputError(f"{len(tensors)} tensors were given; the captured model takes {len(expected)}: {', '.join(e.path for e in expected)}")
+        for leaf, tensor in zip(expected, tensors, strict=True):
+            _check_leaf(leaf, tensor)
+        return tuple(tensors)
+
+    def unflatten(self, results: Sequence[Any]) -> Any:
+        """The model's own output structure from the graph's flat results."""
+        leaves = [results[value] if kind == "result" else value for kind, value in self.outputs]
+        return pytree.tree_unflatten(leaves, self.output_spec)
+
+    @property
+    def is_dynamic(self) -> bool:
+        return any(size is None for leaf in self.leaves for size in leaf.shape)
+
+    def to_json(self) -> str:
+        """Raises ArtifactError if the structure holds a type that cannot be written as JSON."""
+        try:
+            return json.dumps({
+                "parameters": [list(p) for p in self.parameters], "positional": list(self.positional), "keywords": list(self.keywords),
+                "input_spec": pytree.treespec_dumps(self.input_spec), "output_spec": pytree.treespec_dumps(self.output_spec),
+                "leaves": [[e.path, e.is_tensor, e.dtype, list(e.shape), e.value] for e in self.leaves],
+                "outputs": [list(o) for o in self.outputs], "defaults": self.defaults,
+            }, indent=1)  # fmt: skip
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise ArtifactError(f"the model's inputs or outputs cannot be written to a file: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Signature:
+        """Raises ArtifactError if a type of the structure is not known here (import the library that defines it first)."""
+        body = json.loads(text)
+        try:
+            specs = [pytree.treespec_loads(body[name]) for name in ("input_spec", "output_spec")]
+        except Exception as error:  # torch raises several kinds here
+            raise ArtifactError(f"the output structure needs a type that is not loaded ({error}); import its library, then load again") from error
+        return cls(
+            tuple((name, has, kind) for name, has, kind in body["parameters"]), tuple(body["positional"]), tuple(body["keywords"]), specs[0],
+            tuple(Leaf(path, is_tensor, dtype, tuple(shape), value) for path, is_tensor, dtype, shape, value in body["leaves"]), specs[1],
+            tuple((kind, value) for kind, value in body["outputs"]), body["defaults"],
+        )  # fmt: skip
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by parameter name, as the model's own forward would bind them."""
+        names = [name for name, _, kind in self.parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} positional inputs were given; the model takes {len(names)}: {', '.join(names)}")
+        bound = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name in bound or name not in {p[0] for p in self.parameters} | set(self.keywords):
+                raise InputError(f"unexpected input {name!r}; the model takes {', '.join(p[0] for p in self.parameters)}")
+            bound[name] = value
+        wanted = {*self.positional, *self.keywords}
+        for name in wanted - set(bound):
+            if name not in self.defaults:
+                raise InputError(f"the input {name!r} is missing; the model was captured with {', '.join([*self.positional, *self.keywords])}")
+            bound[name] = self.defaults[name]
+        for name in set(bound) - wanted:
+            if bound[name] is not self.defaults.get(name):
+                raise InputError(f"the input {name!r} was not given when the model was captured; give it in example_inputs to use it")
+        return bound
+
+    def _is_input(self, leaf: Leaf, value: Any) -> bool:
+        if not leaf.is_tensor and not _same(leaf.value, value):
+            raise InputError(f"{leaf.path} is {value!r}; the model was captured with {leaf.value!r}, which is fixed: optimize again with it")
+        return leaf.is_tensor
+
+
+def _same(fixed: Any, given: Any) -> bool:
+    return type(fixed) is type(given) and bool(fixed == given)
+
+
+def _check_leaf(leaf: Leaf, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{leaf.path} is {type(tensor).__name__}; expected a tensor {_expected(leaf)}")
+    dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+    fits = tensor.ndim == len(leaf.shape) and all(want in (None, have) for want, have in zip(leaf.shape, tensor.shape, strict=True))
+    if dtype != leaf.dtype or not fits:
+        found = f"{dtype}[{','.join(map(str, tensor.shape))}]"
+        advice = "sizes are fixed at capture: optimize again for this shape, or give dynamic_shapes={...}" if dtype == leaf.dtype else "convert it"
+        raise InputError(f"{leaf.path} is {found}; expected {_expected(leaf)}; {advice}")
+
+
+def _expected(leaf: Leaf) -> str:
+    return f"{leaf.dtype}[{','.join('any' if size is None else str(size) for size in leaf.shape)}]"
+
+
+def _brief(spec: pytree.TreeSpec) -> str:
+    return str(spec).replace("\n", "")[:200]
+
+
+def parameters_of(forward: Callable[..., Any]) -> tuple[tuple[tuple[str, bool, str], ...], dict[str, Any]]:
+    """(name, has default, kind) of every parameter, and the defaults."""
+    found, defaults = [], {}
+    for name, parameter in inspect.signature(forward).parameters.items():
+        has = parameter.default is not inspect.Parameter.empty
+        found.append((name, has, parameter.kind.name))
+        if has:
+            defaults[name] = parameter.default
+    return tuple(found), defaults
+
+
+def leaf_of(path: str, value: Any, fake: Any) -> Leaf:
+    """fake: the graph input's fake tensor, None if the value is fixed."""
+    if not isinstance(value, Tensor):
+        return Leaf(path, False, value=value)
+    sizes = fake.shape if isinstance(fake, Tensor) else value.shape
+    shape = tuple(int(size) if isinstance(size, int) or not isinstance(size, torch.SymInt) else None for size in sizes)
+    return Leaf(path, True, DTYPE_NAMES.get(value.dtype, str(value.dtype)), shape)
