@@ -23,13 +23,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+
+import paretorch
 from benchmarks.fetch import missing
 from benchmarks.peers import PEERS, eager
 from benchmarks.summary import write_summary
 from benchmarks.workloads import NAMES, workload
 from benchmarks.workloads.base import Case, Task
-
-import paretorch
 from paretorch.contest import relative_error
 from paretorch.cost_model.measure import race, ratio
 
@@ -97,7 +97,12 @@ def budgeted(name: str, rounds: int, samples: int, time_limit: float) -> dict[st
     print(result.report)
     row = measure(task.case, result, "paretorch budgeted", rounds)
     extras = _extras(name, task, result)
-    return {"workload": name, "mode": "budget", "cases": [{**row, **_about(result), **extras, "seconds to optimize": seconds}], **environment()}
+    return {
+        "workload": name,
+        "mode": "budget",
+        "cases": [{**row, **_about(result), **extras, "seconds to optimize": seconds}],
+        **environment(),
+    }
 
 
 def _extras(name: str, task: Task, result: Any) -> dict[str, Any]:
@@ -124,7 +129,9 @@ def environment() -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "absent"
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()
+    )
     return {"date": date.today().isoformat(), "cpu": cpu, "threads": torch.get_num_threads(), "versions": packages}
 
 

@@ -27,7 +27,17 @@ def write_summary(folder: Path) -> None:
 
 def _table(results: list[dict[str, Any]], mode: str) -> list[str]:
     quality = mode == "budget"
-    head = ["case", "best peer", "its ms", "ours, ms", "times faster", "interval", "A/A", "runtime", "drop (held out)" if quality else "error"]
+    head = [
+        "case",
+        "best peer",
+        "its ms",
+        "ours, ms",
+        "times faster",
+        "interval",
+        "A/A",
+        "runtime",
+        "drop (held out)" if quality else "error",
+    ]
     lines = [_line(head), _line(["---"] * len(head))]
     ratios = []
     for result in results:

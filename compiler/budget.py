@@ -43,7 +43,9 @@ class Budget:
         if scored and self.max_drop is None:
             raise BudgetError("a budget with a metric needs max_drop, the loss you allow in the metric's unit, for example max_drop=0.005")
         if self.max_drop is not None and not scored:
-            raise BudgetError(f"max_drop={self.max_drop} needs metric= or evaluate=; for a budget without labels write drift={self.max_drop}")
+            raise BudgetError(
+                f"max_drop={self.max_drop} needs metric= or evaluate=; for a budget without labels write drift={self.max_drop}"
+            )
         if self.drift is not None and scored:
             raise BudgetError("a budget has both drift and a metric; give one of them")
         if self.measure not in MEASURES:

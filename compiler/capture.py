@@ -113,7 +113,9 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, dynamic_sha
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {type(model).__name__}; expected a torch.nn.Module or a torch.export.ExportedProgram")
     if model.training:
-        raise InputError("the model is in training mode; call model.eval() first, since dropout and batch norm act differently when training")
+        raise InputError(
+            "the model is in training mode; call model.eval() first, since dropout and batch norm act differently when training"
+        )
     with torch.no_grad():
         try:
             model(*args, **kwargs)

@@ -99,7 +99,9 @@ def as_scores(scores: Any, count: int | None, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise BudgetError(f"{name} returned {type(scores).__name__}; expected one number per sample, higher is better") from error
     if count is not None and found.numel() != count:
-        raise BudgetError(f"{name} returned {found.numel()} scores for {count} samples; expected one per sample, so that drops can be paired")
+        raise BudgetError(
+            f"{name} returned {found.numel()} scores for {count} samples; expected one per sample, so that drops can be paired"
+        )
     if found.numel() == 0 or not bool(torch.isfinite(found).all()):
         bad = "no score" if found.numel() == 0 else "NaN" if any(math.isnan(x) for x in found.tolist()) else "an infinite score"
         raise BudgetError(f"{name} returned {bad}; a budget can only be kept with finite scores")

@@ -35,7 +35,7 @@ def offers(model: Any, example_inputs: Any, *, target: str = "cpu") -> Report:
     reason = "legal; needs a budget and data"
     entries += [Entry(c.rule.name, c.rule.family, c.site.name, "not taken", f"{reason}; knob values {list(c.knobs)}") for c in candidates]
     entries += [Entry(r.rule, families.get(r.rule, ""), r.site, "illegal", r.reason) for r in refusals]
-    empty = dict.fromkeys(("predicted_seconds", "measured_seconds", "original_seconds", "peak_memory_bytes", "limit", "loss", "half_width", "samples"))
-    return Report(
-        target=str(Target.parse(target)), runtime="", unit="", attention=0, plan_lines=(), entries=tuple(entries), **empty
-    )  # type: ignore[arg-type]
+    empty = dict.fromkeys(
+        ("predicted_seconds", "measured_seconds", "original_seconds", "peak_memory_bytes", "limit", "loss", "half_width", "samples")
+    )
+    return Report(target=str(Target.parse(target)), runtime="", unit="", attention=0, plan_lines=(), entries=tuple(entries), **empty)  # type: ignore[arg-type]

@@ -23,7 +23,12 @@ from paretorch.stages import Stages
 
 
 def replay(
-    plan: Plan, model: nn.Module | torch.export.ExportedProgram, example_inputs: Any, *, target: str | Target = "cpu", dynamic_shapes: Any = None
+    plan: Plan,
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Any,
+    *,
+    target: str | Target = "cpu",
+    dynamic_shapes: Any = None,
 ) -> Optimized:
     """The model with the plan's rewrites on the plan's runtime, timed beside the original. Its loss is not measured again: the report says so.
 

@@ -66,9 +66,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, session: Session, plan: Plan, contender: Contender | None, drop: Drop | None, measured: dict[str, Measurement]
-    ) -> Report:
+    def of(cls, session: Session, plan: Plan, contender: Contender | None, drop: Drop | None, measured: dict[str, Measurement]) -> Report:
         """Gather what the session knows about the outcome."""
         graph = contender.graph if contender is not None else session.normalized
         mine = measured.get(contender.label) if contender is not None else measured.get("original")

@@ -80,7 +80,7 @@ def search(problem: Problem) -> list[Point]:
     moves = _measure_moves(state, base_seconds)
     wide = [move for move in moves if move.choice.site == "model"]
     narrow = [move for move in moves if move.choice.site != "model"]
-    starts = [((), narrow), *((tuple([w.choice]), [m for m in narrow if m.choice.rule != w.choice.rule]) for w in wide)]
+    starts = [((), narrow), *(((w.choice,), [m for m in narrow if m.choice.rule != w.choice.rule]) for w in wide)]
     for start, usable in sorted(starts, key=lambda item: -len(item[0])):
         rungs = [tuple(start), *_ladder(start, usable)]
         for share in BUDGET_SHARES:

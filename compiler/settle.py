@@ -1,4 +1,7 @@
-"""The last gate: what is handed out was compiled, compared with the original, and timed beside it. Never slower, never silently different."""
+"""The last gate: what is handed out was compiled, compared with the original, and timed beside it.
+
+Never slower, never silently different; otherwise the next best plan, down to the original itself.
+"""
 
 from __future__ import annotations
 

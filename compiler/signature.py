@@ -59,7 +59,9 @@ class Signature:
         """Dtypes and shapes. Raises InputError."""
         expected = [leaf for leaf in self.leaves if leaf.is_tensor]
         if len(tensors) != len(expected):
-            raise InputError(f"{len(tensors)} tensors were given; the captured model takes {len(expected)}: {', '.join(e.path for e in expected)}")
+            raise InputError(
+                f"{len(tensors)} tensors were given; the captured model takes {len(expected)}: {', '.join(e.path for e in expected)}"
+            )
         for leaf, tensor in zip(expected, tensors, strict=True):
             _check_leaf(leaf, tensor)
         return tuple(tensors)
@@ -92,7 +94,9 @@ class Signature:
         try:
             specs = [pytree.treespec_loads(body[name]) for name in ("input_spec", "output_spec")]
         except Exception as error:  # torch raises several kinds here
-            raise ArtifactError(f"the output structure needs a type that is not loaded ({error}); import its library, then load again") from error
+            raise ArtifactError(
+                f"the output structure needs a type that is not loaded ({error}); import its library, then load again"
+            ) from error
         return cls(
             tuple((name, has, kind) for name, has, kind in body["parameters"]), tuple(body["positional"]), tuple(body["keywords"]), specs[0],
             tuple(Leaf(path, is_tensor, dtype, tuple(shape), value) for path, is_tensor, dtype, shape, value in body["leaves"]), specs[1],
@@ -112,7 +116,9 @@ class Signature:
         wanted = {*self.positional, *self.keywords}
         for name in wanted - set(bound):
             if name not in self.defaults:
-                raise InputError(f"the input {name!r} is missing; the model was captured with {', '.join([*self.positional, *self.keywords])}")
+                raise InputError(
+                    f"the input {name!r} is missing; the model was captured with {', '.join([*self.positional, *self.keywords])}"
+                )
             bound[name] = self.defaults[name]
         for name in set(bound) - wanted:
             if bound[name] is not self.defaults.get(name):
@@ -121,7 +127,9 @@ class Signature:
 
     def _is_input(self, leaf: Leaf, value: Any) -> bool:
         if not leaf.is_tensor and not _same(leaf.value, value):
-            raise InputError(f"{leaf.path} is {value!r}; the model was captured with {leaf.value!r}, which is fixed: optimize again with it")
+            raise InputError(
+                f"{leaf.path} is {value!r}; the model was captured with {leaf.value!r}, which is fixed: optimize again with it"
+            )
         return leaf.is_tensor
 
 
@@ -136,7 +144,11 @@ def _check_leaf(leaf: Leaf, tensor: Any) -> None:
     fits = tensor.ndim == len(leaf.shape) and all(want in (None, have) for want, have in zip(leaf.shape, tensor.shape, strict=True))
     if dtype != leaf.dtype or not fits:
         found = f"{dtype}[{','.join(map(str, tensor.shape))}]"
-        advice = "sizes are fixed at capture: optimize again for this shape, or give dynamic_shapes={...}" if dtype == leaf.dtype else "convert it"
+        advice = (
+            "sizes are fixed at capture: optimize again for this shape, or give dynamic_shapes={...}"
+            if dtype == leaf.dtype
+            else "convert it"
+        )
         raise InputError(f"{leaf.path} is {found}; expected {_expected(leaf)}; {advice}")
 
 

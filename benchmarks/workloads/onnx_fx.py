@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, fx
 
-DTYPES = {1: torch.float32, 2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}
+DTYPES = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+}
 
 
 def _list(value: Any) -> list[int]:

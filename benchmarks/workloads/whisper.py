@@ -81,7 +81,9 @@ def _state(weights: dict[str, np.ndarray]) -> dict[str, Tensor]:
         state[ours + ".weight"], state[ours + ".bias"] = get(theirs + "/weight"), get(theirs + "/bias")
 
     def packed(ours: str, theirs: str, names: str) -> None:
-        for name, weight, bias in zip(names, get(theirs + "/weight").chunk(len(names)), get(theirs + "/bias").chunk(len(names)), strict=True):
+        for name, weight, bias in zip(
+            names, get(theirs + "/weight").chunk(len(names)), get(theirs + "/bias").chunk(len(names)), strict=True
+        ):
             state[f"{ours}.{name}_proj.weight"] = weight.contiguous()
             if name != "k":  # keys have no bias in Whisper
                 state[f"{ours}.{name}_proj.bias"] = bias.contiguous()
@@ -162,7 +164,13 @@ def transcribe(hidden: Tensor) -> str:
     return str(PreTrainedTokenizerFast(tokenizer_file=str(model_folder() / "tokenizer.json")).decode(found))
 
 
-NUMBERS = dict(zip("1 2 3 4 5 6 7 8 9 10".split(), "one two three four five six seven eight nine ten".split(), strict=True))
+NUMBERS = dict(
+    zip(
+        ["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"],
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+        strict=True,
+    )
+)
 
 
 def words(text: str) -> list[str]:

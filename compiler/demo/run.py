@@ -47,7 +47,9 @@ def run(html: Path, *, quick: bool = False) -> Optimized:
     count = QUICK_IMAGES if quick else len(images)
     batches = [(images[i : i + BATCH], labels[i : i + BATCH]) for i in range(0, count, BATCH)]
     budget = Budget(metric=top1, max_drop=max(BUDGETS))
-    console.print(f"Fashion-MNIST, {count:,} test images; a vision transformer with 197 tokens; batch {BATCH}; {torch.get_num_threads()} threads")
+    console.print(
+        f"Fashion-MNIST, {count:,} test images; a vision transformer with 197 tokens; batch {BATCH}; {torch.get_num_threads()} threads"
+    )
     widest = optimize(model, batches[0][0], budget=budget, data=batches, progress=True)
     session = widest.session
     assert session is not None  # a fresh result keeps its session
@@ -62,10 +64,16 @@ def run(html: Path, *, quick: bool = False) -> Optimized:
 
 def _table(results: list[tuple[str, Optimized]]) -> Table:
     title = "measured beside the original; drop on held-out images, paired, with its 95% interval"
-    table = Table("budget", "predicted", "measured", "drop, points", "n", "runtime", "approximate rewrites", title=title, title_justify="left")
+    table = Table(
+        "budget", "predicted", "measured", "drop, points", "n", "runtime", "approximate rewrites", title=title, title_justify="left"
+    )
     for name, result in results:
         report = result.report
-        predicted = "" if not report.predicted_seconds or not report.original_seconds else f"{report.original_seconds / report.predicted_seconds:.2f}x"
+        predicted = (
+            ""
+            if not report.predicted_seconds or not report.original_seconds
+            else f"{report.original_seconds / report.predicted_seconds:.2f}x"
+        )
         drop = "0 (exact)" if report.loss is None else f"{100 * report.loss:.2f} ± {100 * (report.half_width or 0):.2f}"
         choices = ", ".join(sorted({choice.rule for choice in result.plan})) or "none"
         table.add_row(name, predicted, f"{report.speedup or 1:.2f}x", drop, f"{report.samples or ''}", report.runtime, choices)
