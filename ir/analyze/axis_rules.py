@@ -12,6 +12,7 @@ from typing import Any
 from paretorch.ir.analyze.atoms import Dims
 from paretorch.ir.analyze.axis_rules_mixing import addmm, attention, linear, matmul, softmax
 from paretorch.ir.analyze.axis_rules_places import embedding, gather, index, index_select, scan, spatial
+from paretorch.ir.analyze.axis_rules_tokens import TOKEN_RULES
 from paretorch.ir.analyze.view_axes import view_dims
 from paretorch.ir.analyze.walk import Walk, nodes_in, place
 from paretorch.ir.graph import arguments
@@ -214,7 +215,7 @@ RULES: dict[str, Rule] = {
     "unsqueeze": unsqueeze, "squeeze": squeeze, "expand": expand, "repeat": repeat, "select": select, "slice": cut, "split": split,
     "unbind": unbind, "cat": cat, "stack": stack, "pad": pad, "create": create, "linear": linear, "matmul": matmul, "addmm": addmm,
     "attention": attention, "softmax": softmax, "embedding": embedding, "gather": gather, "index_select": index_select, "index": index,
-    "scan": scan, "spatial": spatial,
+    "scan": scan, "spatial": spatial, **TOKEN_RULES,
 }  # fmt: skip
 
 
