@@ -1,0 +1,113 @@
+"""The search on a made-up problem whose best plan is known: seconds and losses are sums over choices."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from paretorch.ir.errors import PlanError
+from paretorch.search import Problem, frontier, search
+from paretorch.stages import Stages
+
+
+@dataclass(frozen=True)
+class FakeRule:
+    name: str
+
+
+@dataclass(frozen=True)
+class FakeSite:
+    name: str
+
+
+@dataclass(frozen=True)
+class FakeCandidate:
+    rule: FakeRule
+    site: FakeSite
+    knobs: tuple
+
+
+def candidate(rule, site, *knobs):
+    return FakeCandidate(FakeRule(rule), FakeSite(site), knobs)
+
+
+SECONDS = {"merge": 0.01, "skip": 0.10, "slow": -0.05}
+LOSS = {"merge": 0.001, "skip": 0.02, "slow": 0.0}
+
+
+def problem(candidates, limit=0.02, evaluations=40, apply=None, log=None):
+    def seconds(graph):
+        return max(0.05, 1.0 - sum(SECONDS[c.rule] * c.knob for c in graph)), "eager"
+
+    def loss(graph):
+        return sum(LOSS[c.rule] * c.knob for c in graph), 0.001, 100
+
+    records = [] if log is None else log
+    return Problem(
+        candidates=candidates,
+        apply=apply or (lambda choices: tuple(sorted(choices, key=str))),
+        price=seconds,
+        drift=lambda graph, samples: loss(graph)[0],
+        loss=loss,
+        limit=limit,
+        max_evaluations=evaluations,
+        stages=Stages(),
+        record=lambda *entry: records.append(entry),
+    )
+
+
+CANDIDATES = [candidate("merge", f"layer{i}", 1, 2, 4) for i in range(4)] + [candidate("skip", f"layer{i}", 1) for i in range(4)]
+
+
+def best_within(points, limit):
+    return min((p for p in points if p.loss <= limit), key=lambda p: p.predicted)
+
+
+def test_it_finds_the_cheap_moves_first():
+    points = search(problem(CANDIDATES))
+    best = best_within(points, 0.02)
+    assert best.loss <= 0.02
+    # merging saves 10 per unit of loss and skipping 5: all of the loss that is allowed goes into merging
+    assert best.predicted == pytest.approx(1 - 16 * 0.01, abs=0.05)
+    assert {c.rule for c in best.choices} == {"merge"}
+
+
+def test_a_wider_budget_is_never_slower():
+    points = search(problem(CANDIDATES, limit=0.08))
+    speeds = [best_within(points, limit).predicted for limit in (0.0, 0.02, 0.04, 0.08)]
+    assert speeds == sorted(speeds, reverse=True)
+    assert any(c.rule == "skip" for c in best_within(points, 0.08).choices)
+
+
+def test_same_seed_same_points():
+    assert search(problem(CANDIDATES)) == search(problem(CANDIDATES))
+
+
+def test_what_saves_nothing_is_priced_out_and_never_measured():
+    log = []
+    points = search(problem([candidate("slow", "layer0", 1)], log=log))
+    assert [point.choices for point in points] == [()]
+    assert log[0][0] == "priced out"
+
+
+def test_conflicts_are_recorded_and_left_out():
+    def apply(choices):
+        rules = {c.rule for c in choices}
+        if len(rules) > 1:
+            raise PlanError("skip took the site of merge away")
+        return tuple(choices)
+
+    log = []
+    points = search(problem(CANDIDATES, limit=0.3, apply=apply, log=log))
+    assert all(len({c.rule for c in point.choices}) <= 1 for point in points)
+    assert any(entry[0] == "in conflict" and "took the site" in entry[2] for entry in log)
+
+
+def test_the_evaluation_limit_holds():
+    assert len(search(problem(CANDIDATES, evaluations=3))) <= 4
+
+
+def test_the_frontier_has_no_beaten_point():
+    points = frontier(search(problem(CANDIDATES, limit=0.08)))
+    for a in points:
+        assert not any(b.predicted <= a.predicted and b.loss < a.loss for b in points)
+    assert points == sorted(points, key=lambda p: p.predicted)
