@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
-from paretorch.ir.graph import Graph, Origin
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
+
+from paretorch.ir.graph import Graph, Origin
+from tests.zoo import make
+
+SIZES: dict[str, dict[str, int]] = {
+    "plain": {},
+    "T=C": {"T": 16, "C": 16, "H": 4, "B": 2},
+    "T=B": {"T": 8, "C": 24, "H": 4, "B": 8},
+    "T=H": {"T": 8, "C": 16, "H": 8, "B": 2},
+}
+
+
+@cache
+def zoo_graph(name: str, sizes: str = "plain") -> Graph:
+    """The graph of one model of the zoo, made once; not to be edited."""
+    return exported(*make(name, **SIZES[sizes]))
 
 
 def exported(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any = None) -> Graph:

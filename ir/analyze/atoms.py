@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import sympy
+
 from paretorch.ir.types import Size
 
 Dim = tuple[int, ...]

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from torch.fx import Node
+
 from paretorch.ir.analyze.atoms import Dim
 from paretorch.ir.analyze.facts import Atom, AxisFacts, AxisMap, TokenAxis, Use
 from paretorch.ir.analyze.walk import Mixer, Walk, flat, place
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import op_of
-from torch.fx import Node
 
 # What stands when a node treats one axis in several ways: the first of these.
 _ORDER = ("opaque", "bakes_length", "returns", "positions", "appends", "pools", "mixes", "selects", "pointwise")
@@ -106,7 +107,7 @@ class _Reader:
         ours, inputs = self.values[node] & family, self.values[node.args[0]] & family
         if op.axes == "repeat" and ours != inputs:
             return "appends", f"{place(node)} repeats the axis of {self.atoms.sizes[atom]}"
-        if op.axes == "view" and ours != inputs:
+        if op.axes == "view" and ours != inputs and node.name != self.atoms.born[atom]:
             shapes = f"{list(self.walk.shape(node.args[0]))} as {list(self.walk.shape(node))}"
             return "bakes_length", f"{place(node)} views {shapes}, which splits or blends the axis of {self.atoms.sizes[atom]}"
         baked = node.args[1] if len(node.args) > 1 else ()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch.fx import Node
+
 from paretorch.ir.analyze.atoms import Dims
 from paretorch.ir.analyze.axis_rules_mixing import addmm, attention, linear, matmul, softmax
 from paretorch.ir.analyze.axis_rules_places import embedding, gather, index, index_select, scan, spatial
@@ -18,7 +20,6 @@ from paretorch.ir.analyze.walk import Walk, nodes_in, place
 from paretorch.ir.graph import arguments
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import TupleType
-from torch.fx import Node
 
 Rule = Callable[[Walk, Node], Any]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch.fx import Node
+
 from paretorch.ir.analyze.atoms import Dim, Dims
 from paretorch.ir.analyze.walk import Mixer, Walk, is_masking, place
 from paretorch.ir.graph import arguments
 from paretorch.ir.ops import is_op
-from torch.fx import Node
 
 
 def linear(walk: Walk, node: Node) -> Dims:

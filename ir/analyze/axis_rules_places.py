@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.fx import Node
+
 from paretorch.ir.analyze.atoms import Dim, Dims
 from paretorch.ir.analyze.walk import Walk, place
 from paretorch.ir.graph import arguments
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import TupleType
-from torch.fx import Node
 
 
 def embedding(walk: Walk, node: Node) -> Dims:

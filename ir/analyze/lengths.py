@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
+
+from torch.fx import Node
 
 from paretorch.ir.analyze.facts import Atom, AxisFacts, Use
 from paretorch.ir.errors import PlanError, ShapeError
-from paretorch.ir.graph import Graph, origin_of
+from paretorch.ir.graph import Graph, arguments, origin_of
 from paretorch.ir.ops import aten, op_of
 from paretorch.ir.types import Size, TensorType, TupleType, from_fake
-from torch.fx import Node
 
 END = 2**63 - 1  # a slice to the end, as export writes it
 
@@ -103,17 +105,38 @@ class _Repair:
     def _evaluate(self, node: Node, state: State) -> None:
         """Compute the type again; a mismatch means that a value of the old length meets one of the new."""
         old = node.meta["val"]
+        self._refuse_meeting(node, state)
         try:
             node.meta["val"] = self._value(node)
         except ShapeError as error:
-            reasons = [use.reason for atom, use in self.forbidding[node.name] if atom in state.touched]
-            reason = f"{reasons[0]}; " if reasons else ""
-            raise PlanError(
-                f"{reason}at {node.name} ({origin_of(node)}) values of the old and of the new length meet{_now(state)}: {error}"
-            ) from error
+            raise PlanError(f"{self._meeting(node, state)}: {error}") from error
         if isinstance(old, (tuple, list)) and len(old) != len(node.meta["val"]):
             raise PlanError(f"{node.name} ({origin_of(node)}) made {len(old)} values and now makes {len(node.meta['val'])}{_now(state)}")
         self._refuse_silent_broadcast(node, state)
+
+    def _meeting(self, node: Node, state: State) -> str:
+        reasons = [use.reason for atom, use in self.forbidding[node.name] if atom in state.touched]
+        reason = f"{reasons[0]}; " if reasons else ""
+        return f"{reason}at {node.name} ({origin_of(node)}) values of the old and of the new length meet{_now(state)}"
+
+    def _refuse_meeting(self, node: Node, state: State) -> None:
+        """Elementwise operands, and an attention's mask, must have lengths that fit."""
+        op = op_of(node)
+        if op is None or op.axes not in ("pointwise", "attention"):
+            return
+        shapes = {argument: _shape(argument) for argument in node.all_input_nodes}
+        wanted: list[list[Any]] = [list(reversed(shape)) for shape in shapes.values()]
+        if op.axes == "attention":
+            given = arguments(node)
+            mask, bias = given.get("mask", given.get("attn_mask")), given.get("key_bias")
+            keys, queries = _shape(given["key"])[-2], _shape(given["query"])[-2]
+            wanted = [[keys, queries]]
+            wanted += [[*reversed(_shape(mask))][:2]] if mask is not None else []
+            wanted += [[_shape(bias)[-1]]] if bias is not None else []
+        for sizes in zip_longest(*wanted, fillvalue=1):
+            if len({size for size in sizes if isinstance(size, int) and size != 1}) > 1:
+                operands = ", ".join(f"{argument.name}: {list(shape)}" for argument, shape in shapes.items())
+                raise PlanError(f"{self._meeting(node, state)}: {operands}")
 
     def _value(self, node: Node) -> Any:
         try:
@@ -130,10 +153,9 @@ class _Repair:
         if op is None or op.axes != "pointwise" or 1 not in state.sizes.values() or node.name not in self.maps:
             return
         single = {atom for atom, size in state.sizes.items() if size == 1}
-        found = from_fake(node.meta["val"])
-        for atoms, size in zip(self.maps[node.name], getattr(found, "shape", ()), strict=False):
+        for atoms, size in zip(self.maps[node.name], _shape(node), strict=True):
             if single & set(atoms) and size != 1 and len(atoms) == 1:
-                raise PlanError(f"at {node.name} ({origin_of(node)}) values of the old and of the new length meet{_now(state)}")
+                raise PlanError(self._meeting(node, state))
 
     def _outgoing(self, node: Node, state: State) -> State:
         """What differs in the node's value, read from its new type; a node that was not there before passes on all."""
@@ -182,7 +204,7 @@ class _Repair:
 
     def _size_arguments(self, node: Node, x: Node, sizes: Sequence[Any]) -> list[Any]:
         """Sizes as arguments: a symbolic one is the -1 if there is none yet, else it is read from the input."""
-        made, shape = list(sizes), getattr(from_fake(x.meta["val"]), "shape", ())
+        made, shape = list(sizes), _shape(x)
         for place, size in enumerate(sizes):
             if isinstance(size, (int, Node)):
                 continue
@@ -199,7 +221,7 @@ class _Repair:
         axes, x = self.maps.get(node.name), node.args[0]
         if axes is None or not isinstance(x, Node):
             return
-        sizes, rank = list(node.args[1]), len(from_fake(x.meta["val"]).shape)  # type: ignore[arg-type, union-attr]
+        sizes, rank = list(node.args[1]), len(_shape(x))  # type: ignore[arg-type]
         for place, atoms in enumerate(axes):
             if set(atoms) & set(state.sizes) and place >= len(sizes) - rank:
                 sizes[place] = -1
@@ -235,6 +257,11 @@ class _Repair:
             if not isinstance(last, int) or last < 0:
                 raise PlanError(f"{node.name} ({origin_of(node)}) splits an axis into {sizes}{_now(state)}")
             node.args = (x, [*sizes[:-1], last], *node.args[2:])
+
+
+def _shape(node: Node) -> tuple[Size, ...]:
+    found = from_fake(node.meta["val"])
+    return found.shape if isinstance(found, TensorType) else ()
 
 
 def _product(atoms: Sequence[Atom], sizes: Mapping[Atom, Size]) -> Any:

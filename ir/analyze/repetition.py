@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch.fx import Node
+
 from paretorch.ir.analyze.facts import Block, Repetition, Stream
 from paretorch.ir.graph import Graph
 from paretorch.ir.types import from_fake
-from torch.fx import Node
 
 
 def repetition(graph: Graph, streams: Iterable[Stream]) -> Repetition:

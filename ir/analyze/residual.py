@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch.fx import Node
+
 from paretorch.ir.analyze.facts import Block, Stream
 from paretorch.ir.analyze.walk import nodes_in
 from paretorch.ir.graph import Graph, arguments
 from paretorch.ir.ops import is_op, op_of
 from paretorch.ir.types import Type, from_fake
-from torch.fx import Node
 
 _TAIL_LIMIT = 16  # nodes of a norm that is spelled out
 _SEARCH_LIMIT = 4096  # nodes of one block; keeps the whole analysis linear where a sum joins values that are far apart
@@ -24,7 +25,7 @@ _TAIL_KINDS = ("elementwise", "row", "reduce", "view", "scalar")
 
 @dataclass
 class Sum:
-    """One residual sum. branches: the other leaves of its tree of adds; scaled: the value before is multiplied by a number first."""
+    """One residual sum. branches: the other leaves of its tree of adds; scaled: the value before is cast or multiplied by a number."""
 
     before: Node
     node: Node
@@ -78,7 +79,7 @@ class _Finder:
         before, branches = _unscaled(skip), tuple(leaf for leaf in leaves if leaf is not skip)
         if self.type(before) != self.type(node) or not all(self._reaches(before, branch) for branch in branches):
             return None
-        found = Sum(before, node, branches, before is not skip, node)
+        found = Sum(before, node, branches, _is_scaled(skip, before), node)
         return found if self._works(self.between(before, node)) else None
 
     def _inner_add(self, node: Node) -> bool:
@@ -261,6 +262,13 @@ def _unscaled(leaf: Node) -> Node:
             break
         leaf = leaf.all_input_nodes[0]
     return leaf
+
+
+def _is_scaled(leaf: Node, before: Node) -> bool:
+    """Whether anything but an identity stands between the value before and the sum."""
+    while leaf is not before and is_op(leaf, "clone", "alias"):
+        leaf = leaf.all_input_nodes[0]
+    return leaf is not before
 
 
 def block_kind(nodes: Iterable[Node], computed: set[Node]) -> str:

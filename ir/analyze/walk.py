@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx import Node
+
 from paretorch.ir.analyze.atoms import Atoms, Dim, Dims
 from paretorch.ir.graph import Graph, origin_of
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import Size, TensorType, from_fake
-from torch.fx import Node
 
 
 @dataclass(frozen=True)
