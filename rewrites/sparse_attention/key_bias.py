@@ -1,0 +1,49 @@
+"""Masks that say one thing per key, as the key bias of an attention node."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from paretorch.ir.builder import Builder
+from paretorch.ir.graph import arguments, shape_of, tensor_type
+from paretorch.ir.ops import aten
+
+
+def mask_by_pairs(node: Node) -> str | None:
+    """A sentence if the node's mask differs between queries or heads; None if it is one value per key, or absent.
+
+    node: an attention; its mask is broadcast to [B, H, Tq, Tk].
+    """
+    mask = arguments(node)["mask"]
+    if mask is None:
+        return None
+    shape = shape_of(mask)
+    inner = [size for size in shape[-3:-1] if size != 1]
+    return f"the mask of {node.name}, {tensor_type(mask)}, says something about pairs of places, not only about keys" if inner else None
+
+
+def key_bias_of(b: Builder, node: Node) -> Node | None:
+    """What the node's mask and key bias add to the scores of each key, T[B, Tk] or T[1, Tk]; None if neither is there.
+
+    Emits through b. The mask must be one value per key.
+    """
+    given = arguments(node)
+    mask, bias = given["mask"], given["key_bias"]
+    if mask is None:
+        return bias
+    flat = per_key(b, mask)
+    if tensor_type(flat).dtype == "bool":
+        zero = b.constant("no_bias", torch.zeros(()))
+        flat = b.call(aten("where.self"), (flat, zero, b.constant("hidden", torch.tensor(float("-inf")))))
+    return flat if bias is None else b.add(flat, bias)
+
+
+def per_key(b: Builder, mask: Node) -> Node:
+    """A mask [B, 1, 1, Tk], or with fewer leading dimensions, as [B, Tk] or [1, Tk]."""
+    rank = len(shape_of(mask))
+    if rank == 1:
+        return b.unsqueeze(mask, 0)
+    for _ in range(rank - 2):
+        mask = b.select(mask, -2, 0)
+    return mask
