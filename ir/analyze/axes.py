@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from paretorch.ir.analyze.atoms import Dim
 from paretorch.ir.analyze.facts import Atom, AxisFacts, AxisMap, TokenAxis, Use
-from paretorch.ir.analyze.walk import Mixer, Walk, flat, place
+from paretorch.ir.analyze.walk import Event, Mixer, Walk, flat, place
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import op_of
 
@@ -62,6 +62,8 @@ class _Reader:
             query, key = self.atoms.resolve(mixer.query), self.atoms.resolve(mixer.key)
             if query and query == key:
                 found[query].append(mixer)
+                reason = f"{mixer.node} mixes another axis at each place of this one, so the places must stay aligned"
+                self.events[mixer.node].append(Event(mixer.node, "positions", mixer.outer, reason))
         axes: dict[int, list[Mixer]] = {}
         for dim, mixers in sorted(found.items(), key=lambda item: -len(item[0])):
             axes.setdefault(dim[0] if len(dim) == 1 else self.atoms.fuse(dim, mixers[0].node), []).extend(mixers)

@@ -67,7 +67,7 @@ def view(walk: Walk, node: Node) -> Dims:
 
 def permute(walk: Walk, node: Node) -> Dims:
     dims = walk.dims(node.args[0])  # type: ignore[arg-type]
-    return [dims[axis] for axis in node.args[1]]  # type: ignore[union-attr, index, misc]
+    return [dims[axis] for axis in node.args[1]]  # type: ignore[union-attr, index]
 
 
 def transpose(walk: Walk, node: Node) -> Dims:
@@ -81,8 +81,9 @@ def transpose(walk: Walk, node: Node) -> Dims:
 
 
 def unsqueeze(walk: Walk, node: Node) -> Dims:
-    dims, axis = walk.dims(node.args[0]), node.args[1]  # type: ignore[arg-type]
-    dims.insert(axis % (len(dims) + 1), ())  # type: ignore[operator]
+    given = arguments(node)
+    dims = walk.dims(given["self"])
+    dims.insert(given["dim"] % (len(dims) + 1), ())
     return dims
 
 
@@ -103,7 +104,7 @@ def repeat(walk: Walk, node: Node) -> Dims:
     shape, dims = walk.shape(node), walk.dims(node.args[0])  # type: ignore[arg-type]
     dims = [()] * (len(shape) - len(dims)) + dims
     if len(dims) != len(shape):
-        return walk.fresh(node, shape, [atom for dim in dims for atom in dim])
+        return walk.fresh(node, shape)
     return [dim if walk.atoms.size(dim) == size else walk.one(node, size, dim) for dim, size in zip(dims, shape, strict=True)]
 
 

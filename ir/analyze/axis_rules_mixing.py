@@ -54,7 +54,7 @@ def product(walk: Walk, node: Node, left: Any, right: Any) -> Dims:
         row = walk.one(node, walk.atoms.size(row))
     else:
         walk.event(node, "mixes", [inner, row, column])
-        walk.mixers.append(Mixer(node.name, row, one_side[-1], _spelled_causal(walk, left)))
+        walk.mixers.append(Mixer(node.name, _joined(one_side[:-2]), row, one_side[-1], _spelled_causal(walk, left)))
     outer = walk.broadcast([one_side[:-2], other[:-2]])
     return [*outer, *([row] if len(ours) > 1 else []), *([column] if len(theirs) > 1 else [])]
 
@@ -83,8 +83,12 @@ def attention(walk: Walk, node: Node) -> Dims:
     if bias is not None:
         inner = walk.broadcast([[(), inner], walk.dims(bias)])[-1]
     walk.event(node, "mixes", [row, inner])
-    walk.mixers.append(Mixer(node.name, row, inner, causal))
+    walk.mixers.append(Mixer(node.name, _joined(outer), row, inner, causal))
     return [*outer, row, value[-1]]
+
+
+def _joined(dims: Sequence[Dim]) -> Dim:
+    return tuple(atom for dim in dims for atom in dim)
 
 
 def _meet_equal(walk: Walk, left: Dim, right: Dim) -> Dim:

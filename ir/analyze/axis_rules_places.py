@@ -10,7 +10,7 @@ from paretorch.ir.analyze.atoms import Dim, Dims
 from paretorch.ir.analyze.walk import Walk, place
 from paretorch.ir.graph import arguments
 from paretorch.ir.ops import op_of
-from paretorch.ir.types import TupleType
+from paretorch.ir.types import TensorType, TupleType
 
 
 def embedding(walk: Walk, node: Node) -> Dims:
@@ -132,6 +132,6 @@ def _channel_norm(walk: Walk, node: Node, name: str) -> Any:
     elif len(dims) > 1:
         walk.event(node, "positions", [dims[1]], f"{place(node)} has weights for each entry of the axis")
     if isinstance(found, TupleType):
-        rest = [walk.fresh(node, item.shape) for item in found.items[1:]]
+        rest = [walk.fresh(node, item.shape) for item in found.items[1:] if isinstance(item, TensorType)]
         return [dims, *rest]
     return dims

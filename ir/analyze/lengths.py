@@ -232,7 +232,7 @@ class _Repair:
         axes = self.maps.get(x.name, self.maps.get(node.name)) if isinstance(x, Node) else None
         if axes is None or node.target is not aten("slice.Tensor"):
             return
-        args = [*node.args, *[0, 0, None, END, 1][len(node.args) :]]
+        args: list[Any] = [*node.args, *[0, 0, None, END, 1][len(node.args) :]]
         dim, start, end = args[1] % len(axes), args[2] or 0, args[3]
         if not set(axes[dim]) & set(state.sizes):
             return
@@ -250,7 +250,7 @@ class _Repair:
         axes = self.maps.get(x.name) if isinstance(x, Node) else None
         if axes is None or node.target is not aten("split_with_sizes.default"):
             return
-        atoms = axes[(node.args[2] if len(node.args) > 2 else 0) % len(axes)]  # type: ignore[operator]
+        atoms = axes[arguments(node)["dim"] % len(axes)]
         if set(atoms) & set(state.sizes):
             sizes = list(node.args[1])  # type: ignore[arg-type]
             last = sizes[-1] + _product(atoms, state.sizes) - _product(atoms, {})

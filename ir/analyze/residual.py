@@ -104,7 +104,8 @@ class _Finder:
 
     def _back(self, source: Node, targets: Iterable[Node]) -> set[Node]:
         """Computed nodes that the targets depend on, not before source in order."""
-        floor, found, todo = self.order[source], set(), list(targets)
+        floor, todo = self.order[source], list(targets)
+        found: set[Node] = set()
         while todo:
             node = todo.pop()
             if node not in found and node in self.computed and self.order[node] >= floor and len(found) < _SEARCH_LIMIT:
@@ -183,7 +184,8 @@ class _Finder:
         """Give the last sum of a chain the tail that its neighbours have, or that its own start shows."""
         last = chain[-1]
         pattern = chain[-2].tail if len(chain) > 1 else self._own_tail(last)
-        current, tail = last.node, []
+        current = last.node
+        tail: list[Node] = []
         for expected in pattern:
             users = [user for user in current.users if user.target == expected.target]
             if not users or any(argument in self.computed and argument not in (last.node, *tail) for argument in users[0].all_input_nodes):
@@ -252,7 +254,7 @@ class _Finder:
 
 
 def _plain_add(node: Node) -> bool:
-    return arguments(node).get("alpha", 1) == 1
+    return bool(arguments(node).get("alpha", 1) == 1)
 
 
 def _unscaled(leaf: Node) -> Node:

@@ -1,7 +1,7 @@
 """How a view passes axes on: by the cumulative products of the sizes on both sides.
 
 f32[B, T, C] viewed as [B, T, H, D] splits C into H and D; viewed back, H and D collapse to C. Where the products of both sides do not
-line up (24 = 6 x 4 viewed as 4 x 6) the dimensions between two common products become new atoms that come from all atoms there.
+line up (24 = 6 x 4 viewed as 4 x 6) the dimensions between two common products become new atoms.
 """
 
 from __future__ import annotations
@@ -57,6 +57,6 @@ def _mangled(atoms: Atoms, stream: list[int], sizes: Sequence[Size], born: str, 
             total = total * size
         taken = _take(atoms, trial, total)
         if taken is not None:
-            made = [atoms.dim(size, born, weak=weak, parents=taken) for size in sizes[:count]]
+            made = [atoms.dim(size, born, weak=weak) for size in sizes[:count]]
             return made + view_dims(atoms, [tuple(reversed(trial))], sizes[count:], born)
-    return [atoms.dim(size, born, weak=weak, parents=stream) for size in sizes]
+    return [atoms.dim(size, born, weak=weak) for size in sizes]

@@ -28,9 +28,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Mixer:
-    """A node in which a query axis reads a key axis. causal: some query may not see a later key."""
+    """A node in which a query axis reads a key axis, at each place of the outer axes. causal: some query may not see a later key."""
 
     node: str
+    outer: Dim
     query: Dim
     key: Dim
     causal: bool
@@ -84,10 +85,9 @@ class Walk:
         if atoms:
             self.events.append(Event(node.name, kind, atoms, reason))
 
-    def fresh(self, node: Node, shape: Sequence[Size], parents: Iterable[int] = ()) -> Dims:
+    def fresh(self, node: Node, shape: Sequence[Size]) -> Dims:
         """New dims for a value; weak if it is constant."""
-        parents = tuple(parents)
-        return [self.atoms.dim(size, node.name, weak=self.constant[node], parents=parents) for size in shape]
+        return [self.atoms.dim(size, node.name, weak=self.constant[node]) for size in shape]
 
     def one(self, node: Node, size: Size, parents: Iterable[int] = ()) -> Dim:
         return self.atoms.dim(size, node.name, weak=self.constant[node], parents=parents)
@@ -134,13 +134,12 @@ class Walk:
         return len(made) == len(found.items) and all(self._fits(one, type_) for one, type_ in zip(made, found.items, strict=True))
 
     def _opaque(self, node: Node, tensors: Sequence[Node], found: Any) -> Any:
-        """An op that says nothing about axes: what comes out has new axes, which may depend on all that went in."""
+        """An op that says nothing about axes: what comes out has new axes, and none that went in may change its length."""
         entering = [dim for argument in tensors for dim in flat(self.maps[argument])]
         self.event(node, "opaque", entering, f"{place(node)} is {node.target}, and nothing is known of how it treats axes")
-        parents = {self.atoms.find(atom) for dim in entering for atom in dim}
         if isinstance(found, TensorType):
-            return self.fresh(node, found.shape, parents)
-        return [self.fresh(node, item.shape, parents) if isinstance(item, TensorType) else [] for item in found.items]
+            return self.fresh(node, found.shape)
+        return [self.fresh(node, item.shape) if isinstance(item, TensorType) else [] for item in found.items]
 
     def _returns(self, node: Node) -> None:
         self.constant[node] = False
