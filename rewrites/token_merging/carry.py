@@ -1,0 +1,144 @@
+"""The size of tokens carried through a graph: at a merge it begins or goes on, and all that reads the tokens downstream gets it.
+
+Attention adds log(size) to the scores of a key, instead of the mask that said which tokens are padding (size 0 says so now); sums and
+means over tokens weigh them; later merges average by it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from paretorch.ir.analyze import Atom, AxisFacts, rederive_lengths
+from paretorch.ir.builder import Builder
+from paretorch.ir.graph import Graph, arguments, tensor_type
+from paretorch.ir.ops import aten, is_op
+from paretorch.ir.types import DTYPES
+from paretorch.rewrites.sparse_attention.key_bias import per_key
+from paretorch.rewrites.token_merging.companions import merge_companions
+from paretorch.rewrites.token_merging.place import Place, parts_of, pooled
+from paretorch.rewrites.token_merging.rows import restored, rows_of
+
+END = 2**63 - 1  # a slice to the end, as export writes it
+
+
+def sizes_before(b: Builder, mixer: Node) -> Node | None:
+    """The sizes of the tokens that this attention reads, T[B,T]: what its key bias is the log of, exp of its mask; None if all are one."""
+    given = arguments(mixer)
+    parts = []
+    if given["key_bias"] is not None:
+        bias = given["key_bias"]
+        parts.append(bias.args[0] if is_op(bias, "log_size") else _weight(b, bias))
+    if given["mask"] is not None:
+        parts.append(_weight(b, per_key(b, given["mask"])))
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else b.mul(*parts)
+
+
+def _weight(b: Builder, bias: Node) -> Node:
+    """The factor by which a bias or mask changes a key's weight, in f32 at least."""
+    dtype = DTYPES[tensor_type(bias).dtype]
+    if dtype == torch.bool:
+        return b.call(aten("_to_copy.default"), (bias,), {"dtype": torch.float32})
+    wide = torch.promote_types(dtype, torch.float32)
+    return b.exp(bias if dtype == wide else b.call(aten("_to_copy.default"), (bias,), {"dtype": wide}))
+
+
+class Carrier:
+    """Gives what is downstream of one merge the new sizes. size: T[B,T'], emitted after `b`'s place."""
+
+    def __init__(self, graph: Graph, axes: AxisFacts, place: Place, b: Builder, size: Node) -> None:
+        self.graph, self.axes, self.place, self.b = graph, axes, place, b
+        self.sizes: dict[Atom, Node] = {place.axis.atom: size}
+        self.biases: dict[Atom, Node] = {}
+
+    def carry(self) -> None:
+        """Edit every node downstream that must know sizes."""
+        for node in self.place.downstream:
+            if is_op(node, "attention"):
+                self._attention(node)
+            elif is_op(node, "match_tokens", "merge_tokens"):
+                self._merge(node)
+            elif is_op(node, "mean", "sum"):
+                self._pool(node)
+
+    def size(self, atom: Atom) -> Node | None:
+        """The sizes along the axis or a tail of it; None for any other axis."""
+        parts = parts_of(self.axes, self.graph, atom, self.place.axis.atom)
+        if parts is None:
+            return None
+        if atom not in self.sizes:
+            self.sizes[atom] = self.b.slice(self.sizes[self.place.axis.atom], 1, sum(parts), END)
+        return self.sizes[atom]
+
+    def _of(self, node: Node, dim: int) -> tuple[Atom, Node] | None:
+        """The axis in one dimension of a value and its sizes, if it is ours."""
+        atoms = self.axes.maps[node.name][dim] if node.name in self.axes.maps else ()
+        size = self.size(atoms[0]) if len(atoms) == 1 else None
+        return (atoms[0], size) if size is not None else None
+
+    def _attention(self, node: Node) -> None:
+        given = arguments(node)
+        found = self._of(given["key"], -2)
+        if found is None:
+            return
+        atom, size = found
+        if atom not in self.biases:
+            self.biases[atom] = self.b.log_size(size)
+        options = {name: value for name, value in node.kwargs.items() if name not in ("mask", "key_bias")}
+        node.args = (given["query"], given["key"], given["value"])
+        node.kwargs = {"key_bias": self.biases[atom], **options}
+
+    def _merge(self, node: Node) -> None:
+        found = self._of(node.args[0], 1)  # type: ignore[arg-type]
+        if found is None:
+            return
+        args = [*node.args, None][:5]
+        args[1 if is_op(node, "match_tokens") else 4] = found[1]
+        node.args = tuple(args[: 4 if is_op(node, "match_tokens") else 5])
+
+    def _pool(self, node: Node) -> None:
+        found = pooled(self.graph, self.axes, self.place.axis.atom, node, self.place.batch)
+        if found is None or not self._runs_over(node, found[1].token):
+            return
+        (atom, layout), x = found, node.args[0]
+        size = self.size(atom)
+        if is_op(x, "weigh_tokens"):
+            x.args = (x.args[0], size, *x.args[2:])  # type: ignore[union-attr]
+            return
+        b = Builder(self.graph, node, origin=self.b.origin, rule=self.b.rule, site=self.b.site)
+        # Its length is not right before the lengths are derived again, so its type is that of what it weighs.
+        with self.graph.fx.inserting_before(node):
+            target, args = torch.ops.paretorch.weigh_tokens.default, (x, size, layout.token, list(layout.batch), is_op(node, "mean"))
+            weighed = self.graph.fx.call_function(target, args)
+        weighed.meta["val"] = x.meta["val"]  # type: ignore[union-attr]
+        b._stamp(weighed)
+        node.replace_input_with(x, weighed)  # type: ignore[arg-type]
+
+    def _runs_over(self, node: Node, token: int) -> bool:
+        dims, rank = arguments(node).get("dim"), len(self.axes.maps[node.args[0].name])  # type: ignore[union-attr]
+        if dims is None or dims == []:
+            return True
+        return token in [dim % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+
+
+def merge_at(graph: Graph, axes: AxisFacts, place: Place, count: int, rule: str) -> Graph:
+    """The graph, edited in place, with `count` tokens merged at the place. Raises PlanError if something downstream cannot take it."""
+    value = place.value
+    b = Builder(graph, value.next, origin=place.value.meta.get("origin"), rule=rule, site=place.mixer.name)
+    size = sizes_before(b, place.mixer)
+    metric = b.mean(arguments(place.mixer)["key"], [1])
+    match = b.match_tokens(metric, size, count, place.protected)
+    indices = [b.item(match, number) for number in range(3)]
+    merge = b.merge_tokens(rows_of(b, value, place.layout), *indices, size)
+    merged = restored(b, b.item(merge, 0), value, place.layout)
+    new_size = b.item(merge, 1)
+    for node in place.downstream:
+        if node.op != "output":  # a hidden state that the model returns stays as it was
+            node.replace_input_with(value, merged)
+    merge_companions(graph, axes, place, b, lambda at, rows: at.item(at.merge_tokens(rows, *indices, size), 0))
+    Carrier(graph, axes, place, b, new_size).carry()
+    tokens = place.axis.atom.size
+    rederive_lengths(graph, axes, {merged.name: (place.axis.atom, tokens - count)})
+    return graph.clean()
