@@ -1,0 +1,37 @@
+"""Normalize: one spelling per idea, so that one pattern per idea is enough. An ordered tuple of passes, graph to graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from paretorch.ir.graph import Graph
+from paretorch.rewrites.normalize.activations import activations
+from paretorch.rewrites.normalize.attention import raise_attention
+from paretorch.rewrites.normalize.clean import clean
+from paretorch.rewrites.normalize.fold import fold, merge_equal
+from paretorch.rewrites.normalize.linear import linear
+from paretorch.rewrites.normalize.norms import norms
+from paretorch.rewrites.normalize.scalars import scalars
+from paretorch.rewrites.normalize.views import views
+
+PASSES: tuple[Callable[[Graph], Graph], ...] = (
+    clean,  # copies and aliases would hide what is the same value
+    fold,  # masks and position tables become constants, which the passes below can read
+    scalars,  # numbers on the right, as the patterns of norms and activations expect them
+    views,  # one permute and one reshape where there was a chain
+    linear,  # needs transposed weights folded
+    merge_equal,
+    norms,
+    activations,
+    raise_attention,  # needs scalars, views and constant masks
+    views,  # raising leaves permutes and reshapes that may cancel
+    merge_equal,
+    clean,
+)
+
+
+def normalize(graph: Graph) -> Graph:
+    """The same function in canonical form; normalizing twice changes nothing more."""
+    for step in PASSES:
+        graph = step(graph)
+    return graph
