@@ -1,0 +1,5 @@
+"""Exact rewrites of blocks."""
+
+from paretorch.rewrites.rule import Rule
+
+RULES: tuple[Rule, ...] = ()
