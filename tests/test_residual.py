@@ -137,3 +137,20 @@ def test_what_is_no_residual_block() -> None:
     (stream,) = residual_streams(exported(Spelled().eval(), (torch.randn(2, 5, 8),)))
     assert len(stream.blocks) == 1
     assert stream.blocks[0].branch is None
+
+
+class ScaledStart(nn.Module):
+    """The stream begins with a multiplication, as where embeddings are scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.block = nn.Embedding(9, 8), Block(8, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.block(self.word(ids) * 2.5)
+
+
+def test_a_scaled_embedding_is_the_first_value() -> None:
+    (stream,) = residual_streams(exported(ScaledStart().eval(), (torch.zeros(2, 5, dtype=torch.long),)))
+    assert stream.values[0] == "mul"
+    assert all(block.branch for block in stream.blocks)

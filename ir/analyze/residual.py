@@ -76,11 +76,12 @@ class _Finder:
         if len(leaves) < 2:
             return None
         skip = min(leaves, key=lambda leaf: self.order[_unscaled(leaf)])
-        before, branches = _unscaled(skip), tuple(leaf for leaf in leaves if leaf is not skip)
-        if self.type(before) != self.type(node) or not all(self._reaches(before, branch) for branch in branches):
-            return None
-        found = Sum(before, node, branches, _is_scaled(skip, before), node)
-        return found if self._works(self.between(before, node)) else None
+        branches = tuple(leaf for leaf in leaves if leaf is not skip)
+        for before in dict.fromkeys((skip, _unscaled(skip))):  # the nearer one first: a scaled embedding is itself the value before
+            if self.type(before) == self.type(node) and all(self._reaches(before, branch) for branch in branches):
+                found = Sum(before, node, branches, _is_scaled(skip, before), node)
+                return found if self._works(self.between(before, node)) else None
+        return None
 
     def _inner_add(self, node: Node) -> bool:
         """Whether this add is only an operand of another one."""
