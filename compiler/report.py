@@ -74,7 +74,7 @@ class Report:
         return cls(
             target=str(session.target),
             runtime=plan.runtime,
-            predicted_seconds=session.predicted(graph, contender.runtime) if contender is not None else None,
+            predicted_seconds=contender.predicted if contender is not None else None,
             measured_seconds=mine.seconds if mine else None,
             original_seconds=original.seconds if original else None,
             peak_memory_bytes=session.prices.peak_memory(graph),

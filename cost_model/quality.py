@@ -120,7 +120,9 @@ def paired_drop(before: Tensor, after: Tensor | None = None, *, seed: int = 0) -
     otherwise a bootstrap over samples. Raises BudgetError if there is no score, or the numbers do not pair.
     """
     if after is not None and before.shape != after.shape:
-        raise BudgetError(f"{before.numel()} scores before and {after.numel()} after do not pair; expected one per sample on the same samples")
+        raise BudgetError(
+            f"{before.numel()} scores before and {after.numel()} after do not pair; expected one per sample on the same samples"
+        )
     losses = (before if after is None else before.double() - after.double()).detach().double().reshape(-1).cpu().numpy()
     if len(losses) == 0:
         raise BudgetError("no score to compute a drop from; give some data")
