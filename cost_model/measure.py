@@ -73,6 +73,17 @@ def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
     return clock() - start
 
 
+def burst(call: Callable[[], Any], seconds: float, most: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    """Seconds of each of some calls in a row, after an untimed one: at least one, until so many seconds have passed, at most `most`."""
+    samples = [timed(call, clock)]
+    while len(samples) < most and sum(samples) < seconds:
+        start = clock()
+        call()
+        _wait()
+        samples.append(clock() - start)
+    return samples
+
+
 def _wait() -> None:
     """Let a GPU finish, if one is in use."""
     if torch.cuda.is_initialized():

@@ -1,0 +1,176 @@
+"""Prices: predicted seconds of nodes and graphs on one device, per runtime.
+
+seconds = max(flops / rate, bytes / bandwidth) + launch, for each node, with rates and bandwidths from the runtime's curves for that kind
+of op, dtype and shape. To that comes what a single node does not show: pointwise ops that a runtime fuses cost a share of their pass, views
+are free where the runtime has strides (the reshape of a permuted value is then a copy), and weights that no cache holds are read from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from paretorch.cost_model.curves import Calibration, Rates
+from paretorch.cost_model.device_rows import Device
+from paretorch.cost_model.memory import copies, output_bytes, peak_memory, weight_bytes
+from paretorch.cost_model.work import Work, kind_of, work_of
+from paretorch.ir.errors import TargetError
+from paretorch.ir.graph import Graph
+from paretorch.ir.ops import op_of
+from paretorch.ir.protocols import Cost
+
+NOTHING = Cost(0.0)
+CACHED_SHARE = 0.5  # weights begin to leave a cache when they fill this share of it, since activations need room too
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the price of a node depends on beside its types. cold: share of the weights' bytes that come from memory."""
+
+    runtime: str
+    cold: float
+
+
+class Prices:
+    """Costs of nodes and graphs; a KernelCost. Equal nodes are priced once."""
+
+    def __init__(self, calibration: Calibration, device: Device) -> None:
+        self.calibration, self.device = calibration, device
+        self._known: dict[Any, Cost] = {}
+        self._work: dict[Any, Work] = {}
+
+    def rates(self, runtime: str, dtype: str) -> Rates:
+        """The rates for a dtype; a dtype that was not measured is run as f32. Raises TargetError for a runtime without rates."""
+        found = self.calibration.rates.get((runtime, dtype)) or self.calibration.rates.get((runtime, "f32"))
+        if found is None:
+            known = ", ".join(sorted({name for name, _ in self.calibration.rates}))
+            raise TargetError(f"no prices for the runtime {runtime!r} on {self.calibration.name}; calibrated: {known or 'none'}")
+        return found
+
+    def graph_cost(self, graph: Graph, runtime: str) -> Cost:
+        """Predicted cost of one call of the whole graph, at the example's sizes. Raises TargetError for a runtime without rates."""
+        context = _Context(runtime, self._cold_share(weight_bytes(graph)))
+        rates = self.rates(runtime, "f32")
+        total = Cost(rates.call_s + rates.output_s_per_byte * output_bytes(graph))
+        for node in graph.calls:
+            total = total + self._cost(node, context)
+        return total
+
+    def node_cost(self, node: Node, runtime: str) -> Cost:
+        """Predicted cost of one node where it stands in its graph, with weights that are in a cache."""
+        return self._cost(node, _Context(runtime, 0.0))
+
+    def peak_memory(self, graph: Graph) -> int:
+        """Bytes of weights and of values that live at the same time, at the example's sizes."""
+        return peak_memory(graph)
+
+    def break_even(self, before: Callable[[int], Graph], after: Callable[[int], Graph], runtime: str, low: int, high: int) -> int | None:
+        """The smallest size in [low, high] from which `after` is predicted to be the faster; None if it is not even at `high`.
+
+        before, after: the graph at a size; the saving is taken to grow with the size.
+        """
+
+        def pays(size: int) -> bool:
+            return self.graph_cost(after(size), runtime).seconds < self.graph_cost(before(size), runtime).seconds
+
+        if not pays(high):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if pays(middle) else (middle + 1, high)
+        return low
+
+    def _cold_share(self, nbytes: float) -> float:
+        """The share of weights that is no longer in the cache when it is needed again: they are read in turn, so it rises steeply."""
+        begin = CACHED_SHARE * self.calibration.cache_bytes
+        return min(max((nbytes - begin) / begin, 0.0), 1.0) if begin < float("inf") else 0.0
+
+    def _cost(self, node: Node, context: _Context) -> Cost:
+        if kind_of(node) == "scalar":
+            return NOTHING
+        key = (_signature(node), context, _neighbours(node))
+        if key not in self._known:
+            self._known[key] = self._price(node, context)
+        return self._known[key]
+
+    def _price(self, node: Node, context: _Context) -> Cost:
+        work = work_of(node)
+        rates = self.rates(context.runtime, work.dtype)
+        if kind_of(node) == "view" and rates.strided:
+            if not copies(node):
+                return Cost(rates.launch_s)
+            work = Work(("clone", "copy"), work.at, 0.0, work.bytes_moved, work.dtype)
+        share = fused_share(node, rates)
+        seconds = _seconds(work, rates)
+        cold = context.cold * rates.cold_s_per_byte * work.constant_bytes
+        launches = share
+        return Cost(seconds * share + cold + launches * rates.launch_s, work.flops, work.bytes_moved * share, launches)
+
+
+def _seconds(work: Work, rates: Rates) -> float:
+    """max(flops / rate, bytes / bandwidth) of one kernel, without its launch."""
+    passes = rates.curve(("elementwise",))
+    assert passes is not None  # rates without it are not made
+    if work.is_rated_by_flops:
+        curve = rates.curve(work.curves)
+        moving = work.bytes_moved / passes((max(work.bytes_moved, 1.0),))
+        return max(work.flops / curve(work.at), moving) if curve is not None else moving
+    curve = rates.curve(work.curves) or passes
+    moving = work.bytes_moved / curve((max(work.bytes_moved, 1.0),))
+    return max(moving, work.flops / rates.flops_per_s)
+
+
+def fused_share(node: Node, rates: Rates) -> float:
+    """What a pointwise node still costs of its own pass over memory: 1 unless this runtime fuses it with a neighbour."""
+    if not _is_pointwise(node):
+        return 1.0
+    shares = [1.0]
+    makers = [maker for argument in node.all_input_nodes if (maker := _maker(argument)).op == "call_function"]
+    alone = [maker for maker in makers if len(maker.users) == 1]
+    if any(kind_of(maker) in ("matrix", "convolution") for maker in alone):
+        shares.append(rates.epilogue)
+    if any(_is_pointwise(maker) for maker in makers):
+        shares.append(rates.chained)
+    if any(kind_of(user) in ("row", "reduce") for user in node.users):
+        shares.append(rates.into_row)
+    return min(shares)
+
+
+def _is_pointwise(node: Node) -> bool:
+    op = op_of(node)
+    return op is not None and op.kind == "elementwise"
+
+
+def _maker(node: Node) -> Node:
+    """What computed a value, looking through views."""
+    while kind_of(node) == "view" and isinstance(node.args[0], Node) and node.op == "call_function":
+        node = node.args[0]
+    return node
+
+
+def _neighbours(node: Node) -> Any:
+    """What of its surroundings the price of a pointwise node depends on."""
+    if not _is_pointwise(node):
+        return ()
+    makers = tuple((kind_of(maker), len(maker.users) == 1) for argument in node.all_input_nodes if (maker := _maker(argument)))
+    return makers, frozenset(kind_of(user) for user in node.users)
+
+
+def _signature(node: Node) -> Any:
+    """Equal for nodes of the same op, attributes and operand types."""
+    return str(node.target), _plain(node.args), _plain(tuple(sorted(node.kwargs.items()))), _plain(node.meta.get("val"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value.op == "get_attr", _plain(value.meta.get("val"))
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+    if isinstance(value, (tuple, list)):
+        return tuple(_plain(part) for part in value)
+    return value if isinstance(value, (int, float, str, bool, type(None), torch.dtype)) else str(value)

@@ -1,0 +1,258 @@
+"""Probes: the small graphs that calibration times, each a chain of one op, over rows that are chosen when it is run.
+
+Every probe takes one input whose first axis is symbolic, so that one compiled graph holds many probes, of which those that are not being
+measured get zero rows and cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from paretorch.ir.builder import Builder, build
+from paretorch.ir.graph import Graph
+from paretorch.ir.types import DTYPES, TensorType
+
+Body = Callable[[Builder, Node, str], Node]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """curve: the price curve that its points belong to; body: (builder, x, dtype) -> y, a chain of `repeats` equal ops and maybe some views.
+
+    shape: of the input behind its first axis; rows: the sizes of that axis to measure; integers: the input holds indices below this.
+    serves: further op names and kinds that its curve prices. is_executed_view: a view that ONNX runtimes execute as a copy.
+    narrowed: only the first column of the result is returned, so that handing out results, which a runtime may copy, is not measured with the op.
+    half: whether it is measured at half precision too. quick: whether the quick form measures it.
+    """
+
+    name: str
+    curve: str
+    body: Body
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    repeats: int = 1
+    integers: int = 0
+    serves: tuple[str, ...] = ()
+    is_executed_view: bool = False
+    narrowed: bool = True
+    half: bool = True
+    quick: bool = True
+
+    def input(self, rows: int, dtype: str, place: str) -> Tensor:
+        """A random input, the same each time. place: the torch device that it lies on."""
+        draws = torch.Generator().manual_seed(rows)
+        if self.integers:
+            return torch.randint(self.integers, (rows, *self.shape), generator=draws).to(place)
+        return torch.randn(rows, *self.shape, generator=draws).to(place, DTYPES[dtype])
+
+
+def weight(b: Builder, name: str, dtype: str, *shape: int) -> Node:
+    """A random constant whose products keep the size of what they multiply."""
+    draws = torch.Generator().manual_seed(len(b.graph.constants))
+    values = torch.randn(*shape, generator=draws, device="cpu") / math.sqrt(math.prod(shape[1:]) or 1)
+    return b.constant(f"{name}_{len(b.graph.constants)}", values.to(torch.get_default_device(), DTYPES[dtype]))
+
+
+def linears(width: int, count: int) -> Body:
+    """A chain of square linears, each with weights of its own, so that weights are met as cold as in a model of that size."""
+
+    def body(b: Builder, x: Node, dtype: str) -> Node:
+        for _ in range(count):
+            x = b.linear(x, weight(b, "w", dtype, width, width), weight(b, "b", dtype, width))
+        return x
+
+    return body
+
+
+def attentions(causal: bool = False) -> Body:
+    """x: [rows, H, T, D] as query, key and value."""
+    side = 0 if causal else -1
+    return lambda b, x, dtype: b.attention(x, x, x, scale=0.125, right=side)
+
+
+def convolutions(channels: int, taps: int, groups: int, count: int) -> Body:
+    def body(b: Builder, x: Node, dtype: str) -> Node:
+        for _ in range(count):
+            kernel = weight(b, "k", dtype, channels, channels // groups, taps, taps)
+            x = b.convolution(x, kernel, weight(b, "b", dtype, channels), [1, 1], [taps // 2, taps // 2], [1, 1], groups)
+        return x
+
+    return body
+
+
+def norms(width: int, count: int) -> Body:
+    def body(b: Builder, x: Node, dtype: str) -> Node:
+        for _ in range(count):
+            x = b.layer_norm(x, [width], weight(b, "g", dtype, width), weight(b, "b", dtype, width))
+        return x
+
+    return body
+
+
+def repeated(name: str, count: int, *arguments: object) -> Body:
+    """The same op on its own result."""
+
+    def body(b: Builder, x: Node, dtype: str) -> Node:
+        for _ in range(count):
+            x = getattr(b, name)(x, *arguments)
+        return x
+
+    return body
+
+
+def sums(b: Builder, x: Node, dtype: str) -> Node:
+    """One add of two tensors of the same size."""
+    return b.add(x, x)
+
+
+def sum_chain(b: Builder, x: Node, dtype: str) -> Node:
+    """Five pointwise ops that a compiler may fuse into one pass: one add, then four further ones."""
+    y = b.add(x, x)
+    for _ in range(2):
+        y = b.mul(b.add(y, x), x)
+    return y
+
+
+def norm_of_sum(b: Builder, x: Node, dtype: str) -> Node:
+    """An add and the norm that follows it, three times."""
+    for _ in range(3):
+        x = b.layer_norm(b.add(x, x), [384], weight(b, "g", dtype, 384), weight(b, "b", dtype, 384))
+    return x
+
+
+def linear_and_sum(b: Builder, x: Node, dtype: str) -> Node:
+    """Narrow linears, each followed by a pointwise op and a residual add, beside which they are not long."""
+    for _ in range(NARROW_COUNT):
+        y = b.linear(x, weight(b, "w", dtype, NARROW, NARROW), weight(b, "b", dtype, NARROW))
+        x = b.add(b.relu(y), x)
+    return x
+
+
+def lookup(b: Builder, x: Node, dtype: str) -> Node:
+    return b.embedding(weight(b, "table", dtype, 4096, 384), x)
+
+
+def permuted_copy(b: Builder, x: Node, dtype: str) -> Node:
+    return b.clone(b.permute(x, [0, 2, 1, 3]), memory_format=torch.contiguous_format)
+
+
+def sliced(b: Builder, x: Node, dtype: str) -> Node:
+    return b.slice(x, 1, 1, 9223372036854775807)
+
+
+def joined(b: Builder, x: Node, dtype: str) -> Node:
+    return b.cat([x, x], 1)
+
+
+HEADS, TOKENS = 6, 128
+NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
+LINEAR = tuple(
+    Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
+    for width, count, rows in (
+        (32, 4, (1, 32, 1024)), (128, 4, (1, 16, 128)), (128, 1, (1024,)),
+        (384, 6, (1, 8, 32)), (384, 1, (64, 128, 256, 1024)), (1024, 2, (1, 8)), (1024, 1, (64, 256)),
+    )
+)  # fmt: skip
+ATTENTION = (
+    Probe("attention32", "attention", attentions(), (HEADS, 32, 64), (1, 8)),
+    Probe("attention128", "attention", attentions(), (HEADS, TOKENS, 64), (1, 4)),
+    Probe("attention512", "attention", attentions(), (HEADS, 512, 64), (1,)),
+    Probe("causal128", "attention.causal", attentions(True), (HEADS, TOKENS, 64), (4,)),
+    Probe("causal512", "attention.causal", attentions(True), (HEADS, 512, 64), (1,)),
+    Probe("attention2048", "attention", attentions(), (HEADS, 2048, 64), (1,), quick=False),
+)
+CONVOLUTION = tuple(
+    Probe(f"{curve}{channels}", curve, convolutions(channels, taps, channels if depthwise else 1, count), (channels, side, side), rows, count)
+    for curve, taps, depthwise in (
+        ("convolution", 3, False), ("convolution.pointwise", 1, False), ("convolution.depthwise", 3, True),
+    )
+    for channels, side, count, rows in ((32, 28, 2, (1, 8)), (128, 14, 2, (1, 4)))
+)  # fmt: skip
+ROWS = (
+    Probe("layer_norm", "layer_norm", norms(384, 3), (384,), (8, 197, 1576), 3, serves=("row",)),
+    Probe("softmax", "softmax", repeated("softmax", 3, -1), (HEADS, 128), (8, 256, 1024), 3, half=False),
+    Probe("mean", "mean", lambda b, x, dtype: b.mean(x, [-1], True), (384,), (16, 1576), serves=("reduce",), half=False),
+)
+POINTWISE = (
+    Probe("add", "elementwise", sums, (384,), (8, 197, 1576, 12608)),
+    Probe("add_out", "add_out", sums, (384,), (1576,), narrowed=False, half=False),
+    Probe("add_chain", "chain", sum_chain, (384,), (1576,), half=False),
+    Probe("add_norm", "add_norm", norm_of_sum, (384,), (1576,), half=False),
+    Probe("narrow", "narrow", linears(NARROW, NARROW_COUNT), (NARROW,), (NARROW_ROWS,), half=False),
+    Probe("linear_add", "linear_add", linear_and_sum, (NARROW,), (NARROW_ROWS,), half=False),
+    Probe("gelu", "gelu", repeated("gelu", 2), (384,), (8, 197, 1576), 2),
+    Probe("tanh", "tanh", repeated("tanh", 2), (384,), (197, 1576), 2, serves=("erf",)),
+    Probe("silu", "silu", repeated("silu", 2), (384,), (197, 1576), 2, serves=("sigmoid", "softplus")),
+    Probe("exp", "exp", repeated("exp", 2), (384,), (197, 1576), 2, serves=("log", "cos", "sin"), half=False, quick=False),
+)
+MOVES = (
+    Probe(
+        "permute", "permute", lambda b, x, dtype: b.permute(x, [0, 2, 1, 3]), (TOKENS, HEADS, 64), (1, 8),
+        serves=("transpose",), is_executed_view=True, narrowed=False,
+    ),
+    Probe(
+        "slice", "slice", sliced, (TOKENS, 384), (1, 8),
+        serves=("select", "split", "unbind", "expand"), is_executed_view=True, narrowed=False, half=False,
+    ),
+    Probe("view", "view", lambda b, x, dtype: b.view(x, [-1, TOKENS, HEADS, 64]), (TOKENS, 384), (1, 8), half=False),
+    Probe("clone", "clone", permuted_copy, (TOKENS, HEADS, 64), (1, 8), narrowed=False),
+    Probe("cat", "copy", joined, (TOKENS, 384), (1, 8), half=False),
+    Probe("embedding", "gather", lookup, (TOKENS,), (1, 8), integers=4096, half=False),
+)  # fmt: skip
+PROBES = (*LINEAR, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
+GPU_PROBES = (
+    Probe("linear4096", "matrix", linears(4096, 1), (4096,), (1, 128, 8192)),
+    Probe("add_long", "elementwise", sums, (4096,), (4096, 65536)),
+)
+COLD_WIDTH = 1024
+COLD_ROWS = (1, 32)
+
+
+def cold_probe(nbytes: float, dtype: str) -> Probe:
+    """Linears of more weights together than a cache of nbytes holds."""
+    count = max(2, math.ceil(1.5 * nbytes / (COLD_WIDTH**2 * DTYPES[dtype].itemsize)))
+    return Probe("cold", "cold", linears(COLD_WIDTH, count), (COLD_WIDTH,), COLD_ROWS, count)
+
+
+def panel(probes: tuple[Probe, ...], dtype: str, widen: bool, rows: int | None = None) -> Graph:
+    """One graph that holds all these probes side by side, each with an input and an output of its own.
+
+    widen: inputs and outputs are f32, for runtimes that take nothing else, and are cast to dtype and back inside. rows: of each first axis; None
+    for a symbol of its own.
+    """
+    types = {
+        f"x{place}": TensorType(
+            _input_dtype(probe, dtype, widen), (rows or sympy.Symbol(f"m{place}", integer=True, positive=True), *probe.shape)
+        )
+        for place, probe in enumerate(probes)
+    }
+
+    def function(b: Builder, **inputs: Node) -> list[Node]:
+        results = []
+        for probe, x in zip(probes, inputs.values(), strict=True):
+            cast = widen and not probe.integers
+            y = probe.body(b, b.to(x, dtype=DTYPES[dtype]) if cast else x, dtype)
+            y = b.slice(y, -1, 0, 1) if probe.narrowed else y
+            results.append(b.to(y, dtype=torch.float32) if widen else y)
+        return results
+
+    return build("panel", function, **types)
+
+
+def _input_dtype(probe: Probe, dtype: str, widen: bool) -> str:
+    if probe.integers:
+        return "i64"
+    return "f32" if widen else dtype
+
+
+def static_graph(probe: Probe, rows: int, dtype: str) -> Graph:
+    """The probe's chain alone at so many rows, for its formulas; nothing runs."""
+    type_ = TensorType("i64" if probe.integers else dtype, (rows, *probe.shape))
+    return build(probe.name, lambda b, x: probe.body(b, x, dtype), x=type_)

@@ -1,0 +1,151 @@
+"""From measured samples, or from a device row, to rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from statistics import median
+
+from paretorch.cost_model.curves import Calibration, Curve, Rates, Sample
+from paretorch.cost_model.device_rows import Device
+from paretorch.cost_model.probes import NARROW, NARROW_COUNT, NARROW_ROWS, PROBES
+from paretorch.cost_model.work import RATED_BY_FLOPS
+from paretorch.ir.types import DTYPES
+
+NOT_CURVES = ("launch", "chain", "narrow", "linear_add", "add_norm", "add_out", "cold")  # samples that set a share or an overhead instead
+WHOLE = {probe.curve for probe in PROBES if not probe.narrowed}  # curves whose samples hold the handing out of a whole result
+SERVES = {probe.curve: (probe.curve, *probe.serves) for probe in PROBES}
+UNFUSED = 0.8  # a share of a pass above this is noise around one
+LEAST = 0.1  # what is left at least when an overhead is taken off a sample
+STRIDED = 0.4  # where permuting costs less than this share of copying, views are not executed
+
+# What inductor adds to the kernels that eager has too: assumptions, corrected per model by the first race.
+INDUCTOR = {"launch_s": 1.5e-6, "call_s": 20e-6, "chained": 0.1, "epilogue": 0.6, "into_row": 0.1}
+
+
+def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[str, str], Rates]:
+    """Rates by (runtime, dtype). derived: runtimes that were not measured, with the one that their rates follow from."""
+    groups: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.runtime, sample.dtype), []).append(sample)
+    found = {}
+    for (runtime, dtype), group in groups.items():
+        plain = groups.get((runtime, "f32"), group)
+        out = _output_s_per_byte(plain)
+        group = [replace(s, seconds=max(s.seconds - out * s.amount / 2, LEAST * s.seconds)) if s.curve in WHOLE else s for s in group]
+        curves = _curves(group)
+        if "matrix" in curves and "elementwise" in curves:
+            found[runtime, dtype] = replace(_rates(group, plain, curves), output_s_per_byte=out)
+    for name, base in derived.items():
+        for (runtime, dtype), rates in list(found.items()):
+            if runtime == base:
+                found[name, dtype] = replace(rates, **INDUCTOR)
+    return found
+
+
+def _output_s_per_byte(plain: Iterable[Sample]) -> float:
+    """What handing out a result costs beside making it: an add whose sum is returned, less one of whose sum a column is."""
+    whole = next((s for s in plain if s.curve == "add_out"), None)
+    kept = next((s for s in plain if s.curve == "elementwise" and whole is not None and s.amount == whole.amount), None)
+    return max(whole.seconds - kept.seconds, 0.0) / (whole.amount / 2) if whole is not None and kept is not None else 0.0
+
+
+def _curves(group: Iterable[Sample]) -> dict[str, Curve]:
+    points: dict[str, list[tuple[tuple[float, ...], float]]] = {}
+    for sample in group:
+        if sample.curve not in NOT_CURVES and sample.amount > 0:
+            for name in SERVES.get(sample.curve, (sample.curve,)):
+                points.setdefault(name, []).append((sample.at, sample.amount / sample.seconds))
+    return {name: Curve.of(found) for name, found in points.items()}
+
+
+def _rates(group: list[Sample], plain: list[Sample], curves: dict[str, Curve]) -> Rates:
+    launch = next((s.seconds for s in plain if s.curve == "launch"), 0.0)
+    strided = _is_strided(group)
+    if not strided:
+        curves.pop("clone", None)  # its probe measured the permutation before it, which has a curve of its own
+    return Rates(
+        curves, launch, 0.0, *_shares(group, curves["elementwise"]), strided=strided, cold_s_per_byte=_cold(plain, curves["matrix"], group)
+    )
+
+
+def _is_strided(group: Iterable[Sample]) -> bool:
+    """Whether the largest permutation cost much less than the copy of one."""
+    slowest = {name: max((s.seconds for s in group if s.curve == name), default=0.0) for name in ("permute", "clone")}
+    return slowest["permute"] <= STRIDED * slowest["clone"]
+
+
+def _shares(group: Iterable[Sample], passes: Curve) -> tuple[float, float, float]:
+    """chained, epilogue and into_row, each from a chain with and without its pointwise ops; 1 where the chain was not measured."""
+    total = {s.curve: s for s in group}
+
+    def seconds(nbytes: float) -> float:
+        return nbytes / passes((nbytes,))
+
+    def share(extra: float, expected: float) -> float:
+        found = min(max(extra / expected, 0.0), 1.0)
+        return found if found < UNFUSED else 1.0
+
+    chained = epilogue = into_row = 1.0
+    if "chain" in total:
+        one = total["chain"].amount / 14  # add(x, x) moves two tensors, each of the four others three
+        chained = share(total["chain"].seconds - seconds(2 * one), 4 * seconds(3 * one))
+    if "linear_add" in total and "narrow" in total:
+        one = NARROW_ROWS * NARROW * DTYPES[total["narrow"].dtype].itemsize
+        extra = total["linear_add"].seconds - total["narrow"].seconds
+        epilogue = share(extra, NARROW_COUNT * (seconds(2 * one) + seconds(3 * one)))
+    norms = [s for s in group if s.curve == "layer_norm"]
+    if "add_norm" in total and norms:
+        largest = max(norms, key=lambda s: s.amount)
+        into_row = share(total["add_norm"].seconds / 3 - largest.seconds, seconds(largest.amount))
+    return chained, epilogue, into_row
+
+
+def _cold(plain: Iterable[Sample], matrix: Curve, group: Iterable[Sample]) -> float:
+    """Further seconds per byte of weights that are read from memory instead of a cache; from f32, for all dtypes."""
+    own = Curve.of([(s.at, s.amount / s.seconds) for s in plain if s.curve == "matrix"] or [((1.0, 1.0), 1.0)])
+    extras = []
+    for sample in plain:
+        if sample.curve == "cold":
+            rows, width = sample.at
+            extras.append((sample.seconds - 2 * rows * width**2 / own(sample.at)) / (width**2 * DTYPES[sample.dtype].itemsize))
+    return max(median(extras), 0.0) if extras else 0.0
+
+
+# Of a device that is not here. The GPU shares are an H200's (8192^3 bf16 products: 769 to 798 of 989 TFLOP/s on random data; copies: 4.3 of 4.8 TB/s);
+# that other GPUs reach the same shares is an assumption, as are all shares of processors, until they are calibrated.
+SHARES = {
+    "cuda": {"matrix": 0.79, "convolution": 0.6, "attention": 0.6, "bandwidth": 0.896},
+    "cpu": {"matrix": 0.7, "convolution": 0.5, "attention": 0.4, "bandwidth": 0.7},
+    "fake": {"matrix": 1.0, "convolution": 1.0, "attention": 1.0, "bandwidth": 1.0},
+}
+SHARES["rocm"] = SHARES["cuda"]
+FUSING = {  # what a fused pointwise op still costs of its pass: by what each runtime is known to fuse
+    "eager": {}, "onnxruntime": {"strided": False}, "inductor": {"chained": 0.0, "into_row": 0.0},
+    "openvino": {"chained": 0.0, "epilogue": 0.0, "strided": False},
+}  # fmt: skip
+KINDS = ("elementwise", "row", "reduce", "gather", "copy")
+FREE = 1e30
+
+
+def analytic(device: Device) -> Calibration:
+    """Rates of a device that is not here, from its row and the shares of its peaks that kernels are assumed to reach."""
+    rates = {(runtime, dtype): _of_row(device, runtime, dtype) for runtime in FUSING for dtype in ("f32", "f16", "bf16")}
+    facts = {"source": device.source, "shares of peak": "assumed, measured on one H200" if device.kind in ("cuda", "rocm") else "assumed"}
+    cache = device.cache_bytes if device.kind == "cpu" else float("inf")  # a GPU reads weights from memory: `bytes` already says so
+    return Calibration(device.name, rates, cache, (), facts, device.bandwidth_bytes_per_s)
+
+
+def _of_row(device: Device, runtime: str, dtype: str) -> Rates:
+    share = SHARES[device.kind]
+    curves = {kind: Curve.constant(device.peak(dtype) * share[kind]) for kind in RATED_BY_FLOPS}
+    bandwidth = Curve.constant(device.bandwidth_bytes_per_s * share["bandwidth"])
+    curves |= dict.fromkeys(KINDS, bandwidth)
+    curves["view"] = Curve.constant(FREE)
+    traits = FUSING[runtime]
+    if not traits.get("strided", True):
+        curves |= dict.fromkeys(EXECUTED_VIEWS, bandwidth)
+    return Rates(curves, device.launch_s, flops_per_s=device.peak("f32"), **traits)
+
+
+EXECUTED_VIEWS = tuple(name for probe in PROBES if probe.is_executed_view for name in (probe.curve, *probe.serves))
