@@ -13,19 +13,19 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-import weakref
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from paretorch.ir.graph import Graph, type_of
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import DTYPE_NAMES
 
-_HASHES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_HASHES: Any = WeakTensorKeyDictionary()  # by identity: tensors have no truth value to compare by
 
 
 def print_graph(graph: Graph, *, hashes: bool = True) -> str:
@@ -40,10 +40,7 @@ def print_node(graph: Graph, node: Node) -> str:
 
 def tensor_hash(tensor: Tensor) -> str:
     """sha256 over dtype, shape and bytes, computed once per tensor."""
-    try:
-        found = _HASHES.get(tensor)
-    except TypeError:
-        found = None
+    found: str | None = _HASHES.get(tensor)
     if found is None:
         plain = tensor.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{DTYPE_NAMES[plain.dtype]}{list(plain.shape)}".encode())

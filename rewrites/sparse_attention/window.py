@@ -41,10 +41,8 @@ def legal_widths(graph: Graph, axis: TokenAxis, node: Node) -> tuple[int, ...] |
         return pairs
     seen = min(tokens, given["left"] + 1) if given["left"] >= 0 else tokens
     widths = tuple(width for width in WIDTHS if 2 * width < seen)
-    return (
-        widths
-        or f"{node.name} ({origin_of(node)}) is already local: it sees {seen} of {tokens} tokens, and half of that is no window of {WIDTHS}"
-    )
+    few = f"sees {seen} of {tokens} tokens, so no window of {WIDTHS[-1]} or more leaves out half of them"
+    return widths or f"{node.name} ({origin_of(node)}) is already local: it {few}"
 
 
 def offer(rule: str, graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:

@@ -61,6 +61,8 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     if layout is None:
         return f"the {atom.size} tokens of {named(mixer)} are not one dimension beside its batch in {value.name}: {tensor_type(value)}"
     downstream = _downstream(graph, value)
+    if any(is_op(node, "merge_tokens") and _keys_of(node) is arguments(mixer)["key"] for node in downstream):
+        return f"tokens are merged after {named(mixer)} already"
     refusal = _forbidden(graph, facts, axis, mixer, downstream, batch)
     if refusal:
         return refusal
@@ -79,7 +81,9 @@ def layout_of(axes: AxisFacts, node: Node, atom: Atom, batch: Sequence[Atom]) ->
     token = axes.dim(node.name, atom)
     if token is None:
         return None
-    dims = tuple(i for i, atoms in enumerate(axes.maps[node.name]) if i != token and atoms and set(atoms) <= set(batch))
+    dims = tuple(
+        i for i, atoms in enumerate(axes.maps[node.name]) if i != token and (atoms or i < token) and set(atoms) <= set(batch)
+    )  # a dimension of 1 before the tokens counts as batch
     covered = tuple(part for dim in dims for part in axes.maps[node.name][dim])
     return Layout(token, dims) if covered == tuple(batch) else None
 
@@ -138,6 +142,13 @@ def _uses(axis: TokenAxis, downstream: Iterable[Node]) -> list[Use]:
     return [use for use in axis.uses if use.node in inside]
 
 
+def _keys_of(merge: Node) -> object:
+    """The keys over whose heads the metric of a merge's match is the mean."""
+    kept: Any = merge.args[1]
+    metric = kept.args[0].args[0]
+    return metric.args[0] if is_op(metric, "mean") else None
+
+
 def _selected(node: Node) -> int:
     """How many leading tokens a selection by place needs to keep theirs. Raises ValueError if it needs later ones."""
     given = arguments(node)
@@ -160,6 +171,9 @@ def _slack(node: Node) -> int:
 def _forbidden(graph: Graph, facts: Facts, axis: TokenAxis, mixer: Node, downstream: Sequence[Node], batch: tuple[Atom, ...]) -> str | None:
     """The first thing downstream that cannot take fewer tokens, as a sentence."""
     axes = facts.axes
+    paired = _paired(axes, axis, downstream, batch)
+    if paired:
+        return paired
     nodes = {node.name: node for node in downstream}
     for use in _uses(axis, downstream):
         node = nodes[use.node]
@@ -168,9 +182,6 @@ def _forbidden(graph: Graph, facts: Facts, axis: TokenAxis, mixer: Node, downstr
         reason = _refused_use(graph, axes, axis, mixer, node, use, batch)
         if reason:
             return reason
-    paired = _paired(axes, axis, downstream, batch)
-    if paired:
-        return paired
     returned = [value for value in graph.outputs if isinstance(value, Node) and value in set(downstream)]
     for value in returned:
         if any(axis.atom in atoms for atoms in axes.maps.get(value.name, ())):
@@ -232,7 +243,7 @@ def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node,
 
 
 def _refused_pool(graph: Graph, axes: AxisFacts, axis: TokenAxis, node: Node, batch: tuple[Atom, ...]) -> str | None:
-    if is_op(node, "amax", "amin"):
+    if is_op(node, "amax", "amin") or is_op(node.args[0], "weigh_tokens"):
         return None
     if not is_op(node, "mean", "sum"):
         return f"{named(node)} is {node.target}, which has no form that is weighted by size"

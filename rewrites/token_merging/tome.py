@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from paretorch.ir.analyze import Facts, analyze
 from paretorch.ir.errors import ParetorchError, PlanError
 from paretorch.ir.graph import Graph, origin_of
+from paretorch.ir.ops import is_op
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.rule import Knob, Lossy, Refusal, Rule, Site
 from paretorch.rewrites.token_merging.carry import merge_at
@@ -26,8 +27,10 @@ VALUES: tuple[int, ...] = (0, 4, 8, 12, 16, 24, 32, 48, 64)
 
 def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
     """One per self-attention, named by its node."""
-    proven = False  # what is downstream of a place is also downstream of all before it: one merge that works proves the later ones
+    nodes = {node.name: node for node in graph.nodes}
     for axis in facts.axes.tokens:
+        # What is downstream of a place is also downstream of those before it: one merge that works proves the later ones.
+        proven = is_op(nodes[axis.atom.born], "match_tokens")
         for name in axis.mixers:
             place = find_place(graph, facts, axis, name)
             if isinstance(place, str):
