@@ -91,8 +91,8 @@ class Generated(nn.Module):
         if self.spelling.layout in ("flat_bmm", "baddbmm"):
             return self.flat(query, key, value, keep)
         if self.spelling.layout == "bshd":
-            query, key = query.permute(0, 2, 1, 3), key.permute(0, 2, 3, 1)
-            scores = torch.matmul(query.permute(0, 2, 1, 3), key.permute(0, 2, 1, 3).transpose(1, 2).transpose(1, 2))
+            query, key = query.permute(0, 2, 1, 3), key.permute(0, 2, 3, 1)  # T[B, S, H, D] and T[B, S, D, H]
+            scores = torch.matmul(query.transpose(1, 2), key.permute(0, 3, 2, 1))
         else:
             scores = query @ key.transpose(-1, -2)
         weights = self.softmax(self.masked(self.scaled_scores(scores), keep))

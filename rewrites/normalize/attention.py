@@ -29,7 +29,7 @@ from paretorch.rewrites.normalize.attention_roles import Roles
 from paretorch.rewrites.normalize.attention_softmax import Softmax, Unraised, softmaxes
 from paretorch.rewrites.normalize.heads import Dim, Dims, spelled, step_forward
 from paretorch.rewrites.normalize.masks import Conditions, Fixed, Given, Placed
-from paretorch.rewrites.normalize.masks_join import Chosen, Frame, Joiner, Masks
+from paretorch.rewrites.normalize.masks_join import Chosen, Frame, Joiner, Masks, axes_of
 from paretorch.rewrites.normalize.masks_known import Known
 from paretorch.rewrites.normalize.masks_terms import Bias
 from paretorch.rewrites.rule import Refusal
@@ -39,9 +39,17 @@ def raise_attention(graph: Graph) -> Graph:
     """The graph with every attention that can be recognised as one attention node."""
     raised = graph.copy().clean()
     raiser = Raiser(raised)
-    for site in _sites(raised):
-        raiser.attempt(site)
+    reasons = [raiser.attempt(site) for site in _sites(raised)]
+    if None in reasons:
+        _reshape_for_view(raised)
     return raised.clean()
+
+
+def _reshape_for_view(graph: Graph) -> None:
+    """Attention kernels return other strides than a product does, so a view further down may have to copy."""
+    for node in graph.calls:
+        if spelled(node) in ("view", "_unsafe_view") and node.target is not aten("view.dtype"):
+            node.target = aten("reshape.default")
 
 
 def attention_refusals(graph: Graph) -> list[Refusal]:
@@ -73,10 +81,11 @@ class Raiser:
         return None
 
     def _write(self, found: Found, site: Node) -> None:
-        roles = found.roles()
+        pieces = self.joiner.pieces(found.items, found.zeroed)
+        roles = found.roles([axes for piece in pieces for axes in axes_of(piece)])
         dtype = found.dtype
         lowest = torch.finfo(DTYPES[dtype]).min
-        masks = self.joiner.join(found.items, found.zeroed, found.causal, Frame(roles.queries, roles.keys), lowest)
+        masks = self.joiner.join(pieces, found.causal, Frame(roles.queries, roles.keys), lowest)
         self.emitter.at(found.node, origin_of(site))
         heads = (*roles.heads, *roles.groups)
         query = self._operand(found, found.query.node, found.query.dims, [roles.batch, heads, roles.queries, found.width])

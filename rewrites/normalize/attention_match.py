@@ -47,14 +47,9 @@ class Found:
         types = {operand.type.dtype for operand in (self.query, self.key, self.value)}
         return "f32" if types == {"f16", "bf16"} else min(types, key=FLOATS.index)
 
-    def roles(self) -> Roles:
-        masks = [trace(_mask(item), item.dims).axes for item in self.items]
-        masks = [{axis for axis in mask if axis.size != 1} for mask in masks]
+    def roles(self, masks: list[set[Axis]]) -> Roles:
+        """masks: the axes that each mask varies over."""
         return assign(self.scores, self.keys, self.query, self.key, self.value, (*self.width, *self.value_width), masks)
-
-
-def _mask(item: Item) -> Node:
-    return item.node if isinstance(item, Added) else item.condition
 
 
 def match_softmax(softmax: Softmax, known: Known) -> Found:

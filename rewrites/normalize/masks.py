@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from paretorch.ir.graph import arguments, shape_of, tensor_type
-from paretorch.rewrites.normalize.heads import Dims, aligned, is_tensor, leaves, length, spelled, trace
-from paretorch.rewrites.normalize.masks_index import Affine, Strip, affine, compared
+from paretorch.rewrites.normalize.heads import Axis, Dims, aligned, is_tensor, leaves, spelled, trace
+from paretorch.rewrites.normalize.masks_index import Strip, compared, gathered
 from paretorch.rewrites.normalize.masks_known import Known
 
 
@@ -76,7 +76,7 @@ class Conditions:
         return self._leaf(node, dims, hidden)
 
     def _fixed(self, tensor: Tensor, dims: Dims) -> list[Part]:
-        return [] if bool(tensor.all()) else [Fixed(tensor, dims)]
+        return [] if bool(tensor.all()) else [Fixed(*without_repeats(tensor, dims))]
 
     def _is_truth(self, node: Any) -> bool:
         """Whether every element of this is known to be 0 or 1."""
@@ -109,9 +109,9 @@ class Conditions:
         strip = comparison if isinstance(comparison, Strip) else self._triangle(node, dims, hidden)
         if strip is not None:
             return [Placed(strip, given)]
-        gathered = self._gathered(node, dims)
-        if gathered is not None:
-            return self.parts(gathered[0], gathered[1], hidden)
+        behind = gathered(self.known, node, dims)
+        if behind is not None:
+            return self.parts(behind[0], behind[1], hidden)
         return self._buffer(node, dims, hidden) or [given]
 
     def _triangle(self, node: Node, dims: Dims, hidden: bool) -> Strip | None:
@@ -125,21 +125,6 @@ class Conditions:
         if hidden:
             diagonal += 1 if name == "tril" else -1
         return Strip(columns, rows, high=diagonal) if is_lower else Strip(columns, rows, low=diagonal)
-
-    def _gathered(self, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
-        """The tensor behind an index by 0, 1, 2, … along each of its dimensions, with the dimensions that this gives it."""
-        if spelled(node) != "index":
-            return None
-        source, places = node.args[0], node.args[1]
-        sizes, found = shape_of(source), []  # type: ignore[arg-type]
-        if not isinstance(places, (list, tuple)) or len(places) != len(sizes) or not all(is_tensor(place) for place in places):
-            return None
-        for size, place in zip(sizes, places, strict=True):
-            index = affine(self.known, place, aligned(dims, shape_of(place), shape_of(node)))
-            if index is None or not _is_whole(index, size):
-                return None
-            found.append(index.weights[0][0] if index.weights else ())
-        return source, found  # type: ignore[return-value]
 
     def _buffer(self, node: Node, dims: Dims, hidden: bool) -> list[Part] | None:
         """A slice, of a size known only when the model runs, of a constant triangle or band."""
@@ -163,10 +148,20 @@ class Conditions:
         return [Placed(strip, Given(sliced, dims, hidden))] if low is not None or high is not None else []
 
 
-def _is_whole(index: Affine, size: Any) -> bool:
-    if index.constant != 0 or len(index.weights) > 1 or any(weight != 1 for _, weight in index.weights):
-        return False
-    return bool((length(index.weights[0][0]) if index.weights else 1) == size)
+def without_repeats(tensor: Tensor, dims: Dims) -> tuple[Tensor, Dims]:
+    """A constant without the axes along which it does not vary."""
+    split = [leaves(dim) or (Axis(1),) for dim in dims]
+    axes = [axis for dim in split for axis in dim]
+    if not all(isinstance(axis.size, int) for axis in axes):
+        return tensor, dims
+    tensor = tensor.reshape([axis.size for axis in axes])
+    kept: Dims = []
+    for place, axis in enumerate(axes):
+        first = tensor.narrow(place, 0, 1)
+        repeats = axis.size != 1 and tensor.numel() > 0 and bool((tensor == first).all())
+        tensor = first if repeats else tensor
+        kept.append(() if repeats else (axis,))
+    return tensor, kept
 
 
 def strip_of(truth: Tensor) -> tuple[int | None, int | None] | None:

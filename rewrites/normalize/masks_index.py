@@ -5,7 +5,7 @@ arange(T)[:, None] - window < arange(T)[None, :]   is   -window < column - row: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from paretorch.ir.graph import arguments, shape_of, tensor_type
 from paretorch.ir.types import ScalarType, from_fake
-from paretorch.rewrites.normalize.heads import Dim, Dims, aligned, is_tensor, leaves, length, spelled, trace
+from paretorch.rewrites.normalize.heads import Axis, Dim, Dims, aligned, is_tensor, leaves, length, spelled, trace
 from paretorch.rewrites.normalize.masks_known import Known
 
 INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bool")
@@ -71,9 +71,8 @@ def affine(known: Known, argument: Any, dims: Dims) -> Affine | None:
         return _sum(known, node, dims)
     if name in ("_to_copy", "to", "type_as") and tensor_type(node.args[0]).dtype in INTEGERS:  # type: ignore[arg-type]
         return affine(known, node.args[0], dims)
-    if name == "slice":
-        return _slice(known, node, dims)
-    return _constant_index(known, node, dims)
+    reader = _READERS.get(name)
+    return reader(known, node, dims) if reader is not None else _constant_index(known, node, dims)
 
 
 def _arange(node: Node, dims: Dims) -> Affine | None:
@@ -100,16 +99,89 @@ def _operand_dims(operand: Any, node: Node, dims: Dims) -> Dims:
 
 
 def _slice(known: Known, node: Node, dims: Dims) -> Affine | None:
-    """A slice from the start of an index along its own axis is the same index."""
+    """A slice of an index along its own axis is an index that starts later."""
     given = arguments(node)
     start, place = scalar_expression(given["start"] or 0), given["dim"]
     if start is None or (isinstance(start, int) and start < 0) or given["step"] != 1:
         return None
-    source = affine(known, given["self"], dims)
+    place = place % len(dims)
+    whole: Dim = (Axis(shape_of(given["self"])[place]),)
+    source = affine(known, given["self"], [*dims[:place], whole, *dims[place + 1 :]])
     if source is None:
         return None
-    moved = dict(source.weights).get(leaves(dims[place]), 0)
-    return Affine(source.weights, _plain(source.constant + moved * start))
+    step = dict(source.weights).get(leaves(whole), 0)
+    rest = tuple(entry for entry in source.weights if entry[0] != leaves(whole))
+    here = ((leaves(dims[place]), step),) if step and length(leaves(dims[place])) != 1 else ()
+    return Affine((*rest, *here), _plain(source.constant + step * start))
+
+
+def _index(known: Known, node: Node, dims: Dims) -> Affine | None:
+    behind = gathered(known, node, dims)
+    return affine(known, *behind) if behind is not None else None
+
+
+def _diff(known: Known, node: Node, dims: Dims) -> Affine | None:
+    """Steps between neighbours of an index that is continued to the left: 1 everywhere."""
+    given = arguments(node)
+    if given["n"] != 1 or given["append"] is not None or given["prepend"] is None:
+        return None
+    place = given["dim"] % len(dims)
+    before = affine(known, given["prepend"], [*dims[:place], (), *dims[place + 1 :]])
+    index = affine(known, given["self"], dims)
+    if index is None or before is None or shape_of(given["prepend"])[place] != 1:
+        return None
+    step = dict(index.weights).get(leaves(dims[place]), 0)
+    rest = tuple(entry for entry in index.weights if entry[0] != leaves(dims[place]))
+    return Affine((), step) if before == Affine(rest, _plain(index.constant - step)) else None
+
+
+def _cumsum(known: Known, node: Node, dims: Dims) -> Affine | None:
+    index = affine(known, node.args[0], dims)
+    return index if index == Affine((), 0) else None
+
+
+def _equal(known: Known, node: Node, dims: Dims) -> Affine | None:
+    """A comparison that comes out the same everywhere, as 0 or 1."""
+    parts = [affine(known, operand, _operand_dims(operand, node, dims)) for operand in node.args[:2]]
+    if parts[0] is None or parts[1] is None:
+        return None
+    difference = parts[0].plus(parts[1], -1)
+    if difference.weights or not isinstance(difference.constant, int):
+        return None
+    return Affine((), int((difference.constant == 0) == (spelled(node) == "eq")))
+
+
+def gathered(known: Known, node: Node, dims: Dims) -> tuple[Node, Dims] | None:
+    """The tensor behind an index by 0, 1, 2, … along each of its dimensions, with the dimensions that this gives it."""
+    if spelled(node) != "index":
+        return None
+    source: Any = node.args[0]
+    places: Any = node.args[1]
+    sizes, found = shape_of(source), []
+    if not isinstance(places, (list, tuple)) or len(places) != len(sizes) or not all(is_tensor(place) for place in places):
+        return None
+    for size, place in zip(sizes, places, strict=True):
+        index = affine(known, place, aligned(dims, shape_of(place), shape_of(node)))
+        if index is None or not _is_whole(index, size):
+            return None
+        found.append(index.weights[0][0] if index.weights else ())
+    return source, found
+
+
+def _is_whole(index: Affine, size: Any) -> bool:
+    if index.constant != 0 or len(index.weights) > 1 or any(weight != 1 for _, weight in index.weights):
+        return False
+    return bool((length(index.weights[0][0]) if index.weights else 1) == size)
+
+
+_READERS: dict[str, Callable[[Known, Node, Dims], Affine | None]] = {
+    "slice": _slice,
+    "index": _index,
+    "diff": _diff,
+    "cumsum": _cumsum,
+    "eq": _equal,
+    "ne": _equal,
+}
 
 
 def _constant_index(known: Known, node: Node, dims: Dims) -> Affine | None:
@@ -140,6 +212,9 @@ class Strip:
 def compared(known: Known, node: Node, dims: Dims, *, negated: bool) -> Strip | bool | None:
     """What a comparison of two positions says: a strip, the same everywhere, or None if it is something else."""
     name = spelled(node)
+    if name in ("eq", "ne"):
+        same = _equal(known, node, dims)
+        return None if same is None else bool(same.constant) != negated
     if negated:
         name = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}.get(name, "")
     if name not in ("lt", "le", "gt", "ge"):

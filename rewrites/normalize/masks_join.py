@@ -73,10 +73,9 @@ class Joiner:
     def __init__(self, conditions: Conditions) -> None:
         self.conditions, self.known, self.terms = conditions, conditions.known, Terms(conditions)
 
-    def join(self, items: tuple[Item, ...], zeroed: list[tuple[Any, bool]], causal: list[Part], frame: Frame, lowest: float) -> Masks:
-        """items: from the softmax inwards; zeroed: conditions that set weights to zero after it; causal: what hides keys besides.
-
-        Raises Unraised.
+    def pieces(self, items: tuple[Item, ...], zeroed: list[tuple[Any, bool]]) -> list[Piece]:
+        """What happens to the scores, from the product outwards. items: from the softmax inwards; zeroed: conditions that set weights
+        to zero after it. Raises Unraised.
         """
         pieces: list[Piece] = []
         for item in reversed(items):
@@ -86,7 +85,10 @@ class Joiner:
             if not item.value <= HIDDEN:
                 raise Unraised(f"scores are replaced by {item.value:g} where {item.condition.name} says so; that hides no key")
             pieces.append(Hide(self.conditions.parts(item.condition, item.dims, item.hidden), item.value, True))
-        pieces = self._fold_zeroed(pieces, items, zeroed)
+        return self._fold_zeroed(pieces, items, zeroed)
+
+    def join(self, pieces: list[Piece], causal: list[Part], frame: Frame, lowest: float) -> Masks:
+        """causal: what hides keys besides the pieces. Raises Unraised."""
         if self._every_row_keeps_a_key([*pieces, Hide(causal, -math.inf, True)], frame):
             pieces = [_hardened(piece) for piece in pieces]
         hard, added = self._split(pieces, frame, lowest)
@@ -208,6 +210,13 @@ def _agrees(later: Hide, earlier: Hide) -> bool:
 
 def _conditions(parts: list[Part]) -> list[Given]:
     return [part.condition for part in parts if isinstance(part, Placed) and part.condition is not None]
+
+
+def axes_of(piece: Piece) -> list[set[Axis]]:
+    """The axes that each mask of a piece varies over."""
+    biases = [piece] if isinstance(piece, Bias) else piece.rest
+    dims = [bias.dims for bias in biases] + [dims_of(part) for part in (piece.parts if isinstance(piece, Hide) else [])]
+    return [{axis for axis in flat(found) if axis.size != 1} for found in dims]
 
 
 def dims_of(part: Part) -> Dims:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from paretorch.ir.graph import shape_of
 from paretorch.rewrites.normalize.attention_softmax import is_float_cast
 from paretorch.rewrites.normalize.heads import Dims, aligned, is_tensor, spelled, trace
-from paretorch.rewrites.normalize.masks import Conditions, Fixed, Part
+from paretorch.rewrites.normalize.masks import Conditions, Fixed, Part, without_repeats
 
 HIDDEN = -1e4
 
@@ -82,6 +82,7 @@ class Terms:
         scaled = tensor.double() * factor if factor != 1.0 else tensor
         if not scaled.is_floating_point():
             scaled = scaled.double()
+        scaled, dims = without_repeats(scaled, dims)
         hidden = scaled <= HIDDEN
         lost = scaled[hidden]
         if not bool(hidden.any()):
