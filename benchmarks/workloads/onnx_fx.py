@@ -135,7 +135,7 @@ def _resize(x: Tensor, region: Any = None, scales: Tensor | None = None, sizes: 
     return F.interpolate(x, size=size, mode=mode, align_corners=a.get("coordinate_transformation_mode") == b"align_corners")
 
 
-def _clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None, **a: Any) -> Tensor:
+def _clip(x: Tensor, low: Any = None, high: Any = None, **a: Any) -> Tensor:
     return torch.clamp(x, a.get("min", low), a.get("max", high))
 
 
@@ -159,6 +159,18 @@ OPS: dict[str, Callable[..., Any]] = {
     "Shape": lambda x, **a: torch.tensor(list(x.shape)[a.get("start", 0) : a.get("end")]),
     "Expand": lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, _list(shape))),
 }  # fmt: skip
+
+
+LISTS = ("Reshape", "Slice", "Unsqueeze", "Squeeze", "Expand", "Split", "ReduceMean", "ReduceSum")
+
+
+def _literal(op: str, place: int, value: Any) -> Any:
+    """Shapes, axes and limits as plain Python values, as a model written in torch would have them; None for tensors."""
+    if place == 0 or not isinstance(value, Tensor):
+        return None
+    if op in LISTS:
+        return _list(value)
+    return value.item() if op == "Clip" else None
 
 
 def load(path: Path, feeds: dict[str, np.ndarray]) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -194,7 +206,9 @@ def load(path: Path, feeds: dict[str, np.ndarray]) -> tuple[fx.GraphModule, dict
         if node.op_type == "Shape" or not live.intersection(node.input):
             continue
         live.update(node.output)
-        made = traced.call_function(function, tuple(operand(name) for name in node.input), attributes)
+        given = [_literal(node.op_type, place, values.get(name)) for place, name in enumerate(node.input)]
+        operands = [operand(name) if literal is None else literal for name, literal in zip(node.input, given, strict=True)]
+        made = traced.call_function(function, tuple(operands), attributes)
         for i, name in enumerate(node.output):
             nodes[name] = traced.call_function(operator.getitem, (made, i)) if several else made
     traced.output(tuple(operand(output.name) for output in graph.output))

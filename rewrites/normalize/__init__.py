@@ -7,6 +7,7 @@ from collections.abc import Callable
 from paretorch.ir.graph import Graph
 from paretorch.rewrites.normalize.activations import activations
 from paretorch.rewrites.normalize.attention import raise_attention
+from paretorch.rewrites.normalize.batch_norms import batch_norms
 from paretorch.rewrites.normalize.clean import clean
 from paretorch.rewrites.normalize.fold import fold, merge_equal
 from paretorch.rewrites.normalize.linear import linear
@@ -18,9 +19,11 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     clean,  # copies and aliases would hide what is the same value
     fold,  # masks and position tables become constants, which the passes below can read
     scalars,  # numbers on the right, as the patterns of norms and activations expect them
+    clean,  # products with one
     views,  # one permute and one reshape where there was a chain
     linear,  # needs transposed weights folded
     merge_equal,
+    batch_norms,
     norms,
     activations,
     raise_attention,  # needs scalars, views and constant masks

@@ -1,6 +1,7 @@
-"""Raise activations from their spellings: gelu (erf and tanh), silu.
+"""Raise activations from their spellings: gelu (erf and tanh), silu, hardswish.
 
 erf gelu:  x * 0.5 * (1 + erf(x / sqrt(2)))      tanh gelu: 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))      silu: x * sigmoid(x)
+hardswish: x * clamp(x + 3, 0, 6) / 6
 
 A product of factors is read as a set, so the order and the place of the half do not matter.
 """
@@ -13,7 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from paretorch.ir.builder import Builder
-from paretorch.ir.graph import Graph, origin_of, tensor_type
+from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import is_op
 
 TOLERANCE = 1e-6  # of the constants, which models write with few digits
@@ -35,7 +36,9 @@ def _try(graph: Graph, node: Node) -> None:
     b = Builder(graph, node, origin=origin_of(node))
     for x, gate in (tuple(factors), tuple(reversed(factors))):
         made = None
-        if is_op(gate, "sigmoid") and gate.args[0] is x and number == 1:
+        if _near(number, 1 / 6) and _is_hard_gate(gate, x):
+            made = b.hardswish(x)
+        elif is_op(gate, "sigmoid") and gate.args[0] is x and number == 1:
             made = b.silu(x)
         elif _near(number, 0.5) and is_op(gate, "add") and gate.args[1] == 1:
             inner = gate.args[0]
@@ -60,6 +63,16 @@ def product(node: Any, only: Node | None = None) -> tuple[float, list[Any]]:
         return number / right, factors
     a, b = product(left, node), product(right, node)
     return a[0] * b[0], [*a[1], *b[1]]
+
+
+def _is_hard_gate(gate: Any, x: Any) -> bool:
+    """clamp(x + 3, 0, 6)."""
+    if not is_op(gate, "clamp", "hardtanh"):
+        return False
+    bound = arguments(gate)
+    limits = (bound.get("min", bound.get("min_val")), bound.get("max", bound.get("max_val")))
+    shifted = gate.args[0]
+    return limits == (0, 6) and is_op(shifted, "add") and shifted.args[0] is x and shifted.args[1] == 3
 
 
 def _near(a: float, b: float) -> bool:

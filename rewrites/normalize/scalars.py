@@ -19,7 +19,9 @@ def scalars(graph: Graph) -> Graph:
     """The same function with every scalar operand a Python number on the right."""
     graph = graph.copy()
     for node in graph.calls:
-        if is_op(node, *BINARY, "rsub", "neg"):
+        if is_op(node, "pow"):
+            _pow(graph, node)
+        elif is_op(node, *BINARY, "rsub"):
             made = _rewritten(graph, node)
             if made is not None and tensor_type(made) == tensor_type(node):
                 graph.replace(node, made)
@@ -31,8 +33,6 @@ def _rewritten(graph: Graph, node: Node) -> Node | None:
     bound = arguments(node)
     left, right = bound.get("self"), bound.get("other")
     alpha = bound.get("alpha", 1)
-    if is_op(node, "neg"):
-        return None
     left, right = _plain(graph, left), _plain(graph, right)
     if is_op(node, "rsub"):
         return b.add(b.mul(left, -1), right) if isinstance(right, (int, float)) and alpha == 1 else None
@@ -48,9 +48,20 @@ def _rewritten(graph: Graph, node: Node) -> Node | None:
     return b.call(aten(f"{name}.Tensor"), (left, right))
 
 
+def _pow(graph: Graph, node: Node) -> None:
+    """A power whose exponent is a constant of one element takes the number; whole exponents as ints."""
+    exponent = _plain(graph, node.args[1])
+    if isinstance(exponent, float) and exponent.is_integer():
+        exponent = int(exponent)
+    if isinstance(node.args[0], Node) and isinstance(exponent, (int, float)) and exponent is not node.args[1]:
+        made = Builder(graph, node, origin=origin_of(node)).call(aten("pow.Tensor_Scalar"), (node.args[0], exponent))
+        if tensor_type(made) == tensor_type(node):
+            graph.replace(node, made)
+
+
 def _plain(graph: Graph, value: Any) -> Any:
-    """A constant of no dimensions as its number, where that keeps the meaning: floating point only."""
+    """A constant of one element as its number, where that keeps the meaning: floating point only, and the caller compares types."""
     tensor = graph.constant(value)
-    if tensor is not None and tensor.ndim == 0 and tensor.dtype in (torch.float32, torch.float64):
+    if tensor is not None and tensor.numel() == 1 and tensor.dtype in (torch.float32, torch.float64):
         return float(tensor)
     return value
