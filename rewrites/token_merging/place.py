@@ -50,7 +50,7 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     if not is_op(mixer, "attention"):
         return f"{named(mixer)} is {mixer.target}, which is not recognised as attention or is local already"
     if axis.causal:
-        return f"{_causal(nodes, axis)} hides later tokens from earlier ones; merging leaks what comes later into what comes before"
+        return _by_place(nodes, axis)
     if not isinstance(atom.size, int):
         return f"{named(mixer)} runs over {atom.size} tokens, a number not known before it runs"
     value = _end_of_block(facts, nodes, mixer)
@@ -122,9 +122,13 @@ def _end_of_block(facts: Facts, nodes: dict[str, Node], mixer: Node) -> Node | N
     return None
 
 
-def _causal(nodes: dict[str, Node], axis: TokenAxis) -> str:
-    hiding = [name for name in axis.mixers if arguments(nodes[name]).get("right", -1) >= 0]
-    return named(nodes[(hiding or axis.mixers)[0]])
+def _by_place(nodes: dict[str, Node], axis: TokenAxis) -> str:
+    """The sentence about the first attention on this axis that hides tokens by their places."""
+    sides = {name: arguments(nodes[name]).get("right", -1) for name in axis.mixers}
+    first = next((name for name in axis.mixers if sides[name] >= 0), axis.mixers[0])
+    if sides[first] > 0:
+        return f"{named(nodes[first])} attends to a window of places, which merging moves"
+    return f"{named(nodes[first])} hides later tokens from earlier ones; merging leaks what comes later into what comes before"
 
 
 def _downstream(graph: Graph, value: Node) -> tuple[Node, ...]:
