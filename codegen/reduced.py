@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph
@@ -12,10 +13,17 @@ from paretorch.ir.ops import is_op, op_of
 HALF = (torch.bfloat16, torch.float16)
 
 
+def half_node(graph: Graph) -> Node | None:
+    """The first value of half precision, or None."""
+    return next((node for node in graph.nodes if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dtype in HALF), None)
+
+
 def covers_products(graph: Graph) -> bool:
-    """Whether every matrix product, convolution and attention of the graph is computed in half precision."""
-    found = [node for node in graph.calls if (op := op_of(node)) is not None and op.kind in ("matrix", "convolution", "attention")]
-    return bool(found) and all(isinstance(node.meta["val"], Tensor) and node.meta["val"].dtype in HALF for node in found)
+    """Whether every matrix product, convolution and attention of the graph is computed in half precision; what returns places only does not count."""
+    kinds = ("matrix", "convolution", "attention")
+    made = [node.meta["val"] for node in graph.calls if (op := op_of(node)) is not None and op.kind in kinds]
+    found = [value for value in made if isinstance(value, Tensor)]
+    return bool(found) and all(value.dtype in HALF for value in found)
 
 
 def without_reduced(graph: Graph) -> Graph:
@@ -26,17 +34,20 @@ def without_reduced(graph: Graph) -> Graph:
             wide = Builder(other, node).constant(f"{node.target}_f32", other.constants[str(node.target)].float())
             other.replace(node, wide)
     for node in other.calls:
-        if is_op(node, "to") and _is_float_cast(node):
+        if is_op(node, "to") and _is_half_cast(node):
             node.replace_all_uses_with(node.args[0])
-        elif any(isinstance(value, torch.dtype) and value in HALF for value in (*node.args, *node.kwargs.values())):
-            node.args = tuple(torch.float32 if isinstance(v, torch.dtype) and v in HALF else v for v in node.args)
-            node.kwargs = {k: torch.float32 if isinstance(v, torch.dtype) and v in HALF else v for k, v in node.kwargs.items()}
+        elif any(value in HALF for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)):
+            node.args = tuple(_widened(value) for value in node.args)
+            node.kwargs = {key: _widened(value) for key, value in node.kwargs.items()}
     return other.clean().retype()
 
 
-def _is_float_cast(node: torch.fx.Node) -> bool:
-    """A cast between floating types, one of them half."""
-    source = node.args[0].meta["val"] if isinstance(node.args[0], torch.fx.Node) else None
-    if not isinstance(source, Tensor) or not source.dtype.is_floating_point or not node.meta["val"].dtype.is_floating_point:
-        return False
-    return source.dtype in HALF or node.meta["val"].dtype in HALF
+def _widened(value: object) -> object:
+    return torch.float32 if isinstance(value, torch.dtype) and value in HALF else value
+
+
+def _is_half_cast(node: Node) -> bool:
+    """A cast between floating types, one of them half and neither wider than f32."""
+    source = node.args[0].meta["val"].dtype if isinstance(node.args[0], Node) else None
+    dtypes = (source, node.meta["val"].dtype)
+    return all(dtype in (*HALF, torch.float32) for dtype in dtypes) and any(dtype in HALF for dtype in dtypes)

@@ -92,9 +92,9 @@ def attention_flops(node: Node) -> Any:
 
 define(Op(
     name="attention", targets=(torch.ops.paretorch.attention.default,), kind="attention", flops=attention_flops,
-    bytes=inputs_and_output, axes="attention", onnx="Attention", source="arXiv:1706.03762",
+    bytes=inputs_and_output, axes="attention", onnx="attention", source="arXiv:1706.03762",
 ))  # fmt: skip
 define(Op(
     name="scaled_dot_product_attention", targets=(aten("scaled_dot_product_attention.default"),), kind="attention",
-    flops=attention_flops, bytes=inputs_and_output, axes="attention", onnx="Attention",
+    flops=attention_flops, bytes=inputs_and_output, axes="attention", onnx="scaled_dot_product_attention",
 ))  # fmt: skip

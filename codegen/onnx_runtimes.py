@@ -1,0 +1,161 @@
+"""The two runtimes that take an ONNX model: ONNX Runtime and OpenVINO, both on the CPU and both on the same model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import local
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from paretorch.codegen.forms import lower
+from paretorch.codegen.onnx.export import LARGEST_INLINE, OnnxModel, to_onnx
+from paretorch.codegen.reduced import covers_products, half_node, without_reduced
+from paretorch.ir.errors import LoweringError
+from paretorch.ir.graph import Graph
+from paretorch.ir.protocols import Executable
+from paretorch.ir.types import DTYPE_NAMES
+
+
+class OnnxRuntime:
+    """ONNX Runtime's CPU provider."""
+
+    name = "onnxruntime"
+
+    def refuses(self, graph: Graph | None = None) -> str | None:
+        if find_spec("onnxruntime") is None or find_spec("onnxscript") is None:
+            return "onnxruntime or onnxscript is not installed: pip install onnxruntime onnxscript"
+        if graph is not None and (half := half_node(graph)) is not None:
+            return f"ONNX Runtime has no products in half precision on CPU; {half.name} is {_dtype(half)}"
+        return _no_onnx_form(graph)
+
+    def compile(self, graph: Graph, example_inputs: Sequence[Tensor]) -> Executable:
+        """Raises LoweringError."""
+        from paretorch.codegen.onnx.session import OnnxSession
+
+        session = OnnxSession(_model(lower(graph, self.name)))
+        return _refilled(graph, lambda inputs: session(inputs))
+
+
+class OpenVino:
+    """OpenVINO's CPU plugin, at f32; at bf16 if all matrix products of the graph are, with the graph's own casts taken out.
+
+    bf16 is a switch for the whole model there, so what the graph keeps in f32 between its products may be computed in bf16 too.
+    """
+
+    name = "openvino"
+
+    def refuses(self, graph: Graph | None = None) -> str | None:
+        if find_spec("openvino") is None or find_spec("onnxscript") is None:
+            return "openvino is not installed: pip install 'paretorch[openvino]'"
+        if graph is None:
+            return None
+        double = next((node for node in graph.nodes if _dtype(node) == "f64"), None)
+        if double is not None:
+            return f"OpenVINO computes f64 in f32; {double.name} is f64"
+        half = half_node(graph)
+        if half is not None and not covers_products(graph):
+            return f"OpenVINO takes one precision for the whole model; {half.name} is {_dtype(half)} but some matrix products are f32"
+        if half is not None and _dtype(half) != "bf16":
+            return f"OpenVINO has no {_dtype(half)} on CPU; {half.name} has that type"
+        if half is not None and not torch.backends.mkldnn.is_available():
+            return "this CPU has no bf16 products"
+        return _no_onnx_form(graph)
+
+    def compile(self, graph: Graph, example_inputs: Sequence[Tensor]) -> Executable:
+        """Raises LoweringError."""
+        import openvino
+
+        reduced = half_node(graph) is not None
+        plain = without_reduced(graph) if reduced else graph
+        settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if reduced else "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        model, folder = _model(lower(plain, self.name)), None
+        core = openvino.Core()
+        try:
+            if model.weight_bytes > LARGEST_INLINE:
+                folder = TemporaryDirectory(prefix="paretorch-")
+                model.save(Path(folder.name) / "model.onnx")
+                read = core.read_model(str(Path(folder.name) / "model.onnx"))
+            else:
+                read = core.read_model(model.proto().SerializeToString())
+            compiled = core.compile_model(read, "CPU", settings)
+        except Exception as error:  # openvino raises RuntimeError and kinds of its own
+            raise LoweringError(f"OpenVINO refuses the model: {(str(error).strip().splitlines() or ['no message'])[-1]}") from error
+        return _refilled(graph, _requests(compiled, [str(node.target) for node in graph.inputs], folder))
+
+
+def _requests(compiled: Any, names: list[str], folder: Any) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Run a compiled OpenVINO model: a request per thread, inputs read in place, outputs copied out of the request's buffers."""
+    places = [names.index(given.get_any_name()) for given in compiled.inputs]
+    outputs, mine = [f"output_{i}" for i in range(len(compiled.outputs))], local()
+    order = [next(i for i, found in enumerate(compiled.outputs) if name in found.get_names()) for name in outputs]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        if not hasattr(mine, "request"):
+            mine.request = compiled.create_infer_request()
+        found = mine.request.infer([inputs[place].detach().contiguous().numpy() for place in places], share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(found[place].copy()) for place in order]
+
+    run.folder = folder  # type: ignore[attr-defined]  # the weights' file is mapped for as long as the model lives
+    return run
+
+
+def _refilled(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -> Executable:
+    """A callable that returns all of the graph's outputs, given one that returns the tensors among them, perhaps in another dtype."""
+    dtypes = [value.meta["val"].dtype if isinstance(value, Node) else None for value in graph.outputs]
+    if None not in dtypes:
+        return lambda *inputs: tuple(x.to(dtype) for x, dtype in zip(run(inputs), dtypes, strict=True))
+    constants = graph.outputs
+
+    def execute(*inputs: Tensor) -> tuple[Any, ...]:
+        found = iter(run(inputs))
+        return tuple(constant if dtype is None else next(found).to(dtype) for constant, dtype in zip(constants, dtypes, strict=True))
+
+    return execute
+
+
+_RECENT: list[tuple[weakref.ref[Graph], OnnxModel]] = []
+
+
+def _model(graph: Graph) -> OnnxModel:
+    """The graph's ONNX model; the last two are kept while their graphs live, since both runtimes take the same one and exporting takes seconds."""
+    for reference, model in _RECENT:
+        if reference() is graph:
+            return model
+    model = to_onnx(graph)
+    _RECENT[:] = [entry for entry in _RECENT if entry[0]() is not None][-1:]
+    _RECENT.append((weakref.ref(graph), model))
+    return model
+
+
+def _no_onnx_form(graph: Graph | None) -> str | None:
+    """Why a graph cannot be an ONNX model at all."""
+    if graph is None:
+        return None
+    if not any(isinstance(value, Node) for value in graph.outputs):
+        return "the graph returns no tensor"
+    for value in graph.outputs:
+        if isinstance(value, Node) and not isinstance(value.meta["val"], Tensor):
+            return f"the output {value.name} is a number that is computed from sizes; an ONNX model returns tensors"
+    for node in graph.inputs:
+        if not isinstance(node.meta["val"], Tensor):
+            return f"the input {node.target} is a number; an ONNX model takes tensors"
+        if _dtype(node) in ("bf16", "c64", "c128"):
+            return f"the input {node.target} is {_dtype(node)}, which numpy cannot hold"
+    odd = next((node for node in graph.nodes if _dtype(node) in ("c64", "c128")), None)
+    return None if odd is None else f"{odd.name} is complex; the ONNX forms are for real numbers"
+
+
+def _dtype(node: Node) -> str:
+    value = node.meta.get("val")
+    return DTYPE_NAMES[value.dtype] if isinstance(value, Tensor) else ""
