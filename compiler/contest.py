@@ -15,6 +15,7 @@ from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Measurement, Runtime
 
 ROUNDS = 12
+RACE_SECONDS = 12.0  # after which no new round begins
 CLOSE = 1.5  # runtimes predicted within this factor of the best are compiled and raced
 CLOSE_TO_COMPILE = 1.25  # the same for runtimes whose compilation takes long
 SLOW_TO_COMPILE = ("inductor",)
@@ -119,4 +120,4 @@ def run_race(
     if original is not None:
         calls["original"] = lambda: original(*example)
     with torch.no_grad():
-        return race(calls, rounds=rounds, seed=seed)
+        return race(calls, rounds=rounds, seed=seed, time_limit=RACE_SECONDS)

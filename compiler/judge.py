@@ -45,11 +45,13 @@ class Judge:
 
         For `evaluate` budgets, whose items only the user's loop can run, it is the loss itself.
         """
-        items = _first(self.split.ranking, samples)
         if self.budget.evaluate is not None:
-            return float(self._losses(execute, items).mean())
-        parts = [drift("relative", self._original_outputs(b), execute(*b.inputs))[: b.count] for b in items]
-        return float(torch.cat(parts).mean())
+            return float(self._losses(execute, _first(self.split.ranking, samples)).mean())
+        return _mean_drift(execute, self.probe(samples))
+
+    def probe(self, samples: int) -> list[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]:
+        """(inputs, outputs of the original, count) of the first ranking batches: what `drift_of` needs in another process."""
+        return [(b.inputs, self._original_outputs(b), b.count) for b in _first(self.split.ranking, samples)]
 
     @property
     def _is_drift(self) -> bool:
@@ -78,6 +80,20 @@ class Judge:
         if id(batch) not in self._outputs:
             self._outputs[id(batch)] = tuple(self.program.run_original(*batch.inputs))
         return self._outputs[id(batch)]
+
+
+def _mean_drift(execute: Executable, probe: Sequence[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]) -> float:
+    with torch.no_grad():
+        parts = [drift("relative", expected, execute(*inputs))[:count] for inputs, expected, count in probe]
+    return float(torch.cat(parts).mean())
+
+
+def drift_of(module: torch.fx.GraphModule, probe: Sequence[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]) -> float | str:
+    """Mean relative drift of a graph's module, or the first line of what torch said; a plain function, so that any executor can run it."""
+    try:
+        return _mean_drift(module, probe)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"torch cannot run this plan: {str(error).splitlines()[0]}"
 
 
 def _first(items: Sequence[Any], samples: int | None) -> Sequence[Any]:

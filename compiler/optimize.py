@@ -69,6 +69,7 @@ def optimize(
         candidates, refusals = propose(session.exact, facts, session.lossy)
         session.refuse(refusals)
     session.exact_result = settle_exact(session)
+    session.measure_reduced(candidates)
     session.search(candidates)
     return settle(session, session.exact_result)
 

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paretorch.ir.errors import ParetorchError
+from paretorch.ir.errors import LoweringError, ParetorchError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.plan import Choice, Knob
 from paretorch.rewrites.apply import Candidate
 from paretorch.stages import Stages
 
 PROBE_SAMPLES = 48
+GROUP = 8  # sites that are measured together, so that an executor has something to spread
 MUTATIONS = 6
 BUDGET_SHARES = (1.0, 0.5, 0.25)  # the frontier is explored at these parts of the budget, for `choose`
 
@@ -57,13 +58,13 @@ class Problem:
     """What `search` needs to know, as functions, so that it knows no runtime and no model.
 
     apply: choices -> graph (raises ParetorchError if they do not go together); price: graph -> (seconds, runtime);
-    drift: (graph, samples) -> label-free drift; loss: graph -> (mean, half width, n) on the ranking part.
+    drifts: (graphs, samples) -> label-free drift of each, or a sentence; loss: graph -> (mean, half width, n) on the ranking part.
     """
 
     candidates: Sequence[Candidate]
     apply: Callable[[tuple[Choice, ...]], Graph]
     price: Callable[[Graph], tuple[float, str]]
-    drift: Callable[[Graph, int], float]
+    drifts: Callable[[Sequence[Graph], int], list[float | str]]
     loss: Callable[[Graph], tuple[float, float, int]]
     limit: float
     max_evaluations: int
@@ -108,12 +109,12 @@ class _State:
             return None
         try:
             graph = self.problem.apply(choices)
-        except ParetorchError as error:
+            seconds, runtime = self.problem.price(graph)
+            loss, half_width, samples = self.problem.loss(graph)
+        except (PlanError, LoweringError) as error:
             self.broken.add(choices)
             self.problem.record("in conflict", choices[-1], str(error).splitlines()[0], None, None)
             return None
-        seconds, runtime = self.problem.price(graph)
-        loss, half_width, samples = self.problem.loss(graph)
         self.evaluations += 1
         self.problem.stages.tell("search", self.evaluations, self.problem.max_evaluations)
         self.points[choices] = Point(choices, seconds, runtime, loss, half_width, samples)
@@ -123,21 +124,22 @@ class _State:
 def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
     """Every candidate alone: predicted saving at each knob value, drift measured at one of them and scaled to the others."""
     problem, moves = state.problem, []
-    for done, candidate in enumerate(problem.candidates):
-        problem.stages.tell("measure sites", done, len(problem.candidates))
+    for start in range(0, len(problem.candidates), GROUP):
+        problem.stages.tell("measure sites", start, len(problem.candidates))
         if problem.stages.is_over:
             break
-        knobs = _usable_knobs(state, candidate, base_seconds)
-        if not knobs:
-            continue
-        middle = knobs[len(knobs) // 2]
-        graph = problem.apply((_choice(candidate, middle[0]),))
-        drift = problem.drift(graph, PROBE_SAMPLES)
-        problem.evidence[f"drift {_choice(candidate, middle[0])}"] = drift
-        for knob, saved in knobs:
-            move = Move(_choice(candidate, knob), saved, drift * max(saved, 1e-12) / max(middle[1], 1e-12))
-            problem.record("not taken", move.choice, "other choices save more for the same loss", saved, drift)
-            moves.append(move)
+        group = [(c, knobs) for c in problem.candidates[start : start + GROUP] if (knobs := _usable_knobs(state, c, base_seconds))]
+        middles = [knobs[len(knobs) // 2] for _, knobs in group]
+        chosen = [_choice(candidate, middle[0]) for (candidate, _), middle in zip(group, middles, strict=True)]
+        drifts = problem.drifts([problem.apply((choice,)) for choice in chosen], PROBE_SAMPLES)
+        for (candidate, knobs), middle, choice, drift in zip(group, middles, chosen, drifts, strict=True):
+            if isinstance(drift, str):
+                problem.record("failed", choice, drift, middle[1], None)
+                continue
+            problem.evidence[f"drift {choice}"] = drift
+            for knob, saved in knobs:
+                moves.append(Move(_choice(candidate, knob), saved, drift * max(saved, 1e-12) / max(middle[1], 1e-12)))
+                problem.record("not taken", moves[-1].choice, "other choices save more for the same loss", saved, drift)
     return moves
 
 

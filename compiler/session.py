@@ -13,17 +13,17 @@ import torch
 from paretorch.budget import Budget
 from paretorch.capture import Program
 from paretorch.codegen.runtimes import RUNTIMES
-from paretorch.contest import Lowering
+from paretorch.contest import SLOW_TO_COMPILE, Lowering, contenders, run_race
 from paretorch.cost_model.calibrate import analytic, calibrate
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.quality import paired_drop
 from paretorch.data import prepare
-from paretorch.ir.errors import PlanError
+from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
 from paretorch.ir.protocols import Executable
-from paretorch.judge import Judge
+from paretorch.judge import Judge, drift_of
 from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
 from paretorch.rewrites.apply import Candidate, apply_choice
@@ -34,6 +34,7 @@ from paretorch.stages import Stages
 ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
 MAX_EVALUATIONS = 24
 KEPT_GRAPHS = 64
+REDUCED_ROUNDS = 5
 
 
 @dataclass
@@ -135,8 +136,11 @@ class Session:
         module = graph.module()
 
         def execute(*inputs: torch.Tensor) -> tuple[Any, ...]:
-            with torch.no_grad():
-                return module(*inputs)  # type: ignore[no-any-return]
+            try:
+                with torch.no_grad():
+                    return module(*inputs)  # type: ignore[no-any-return]
+            except (RuntimeError, NotImplementedError) as error:
+                raise LoweringError(f"torch cannot run this plan: {str(error).splitlines()[0]}") from error
 
         return execute
 
@@ -156,7 +160,7 @@ class Session:
             candidates=candidates,
             apply=self.apply,
             price=self.price,
-            drift=lambda graph, samples: judge.output_drift(self.eager(graph), samples),
+            drifts=self._drifts,
             loss=loss,
             limit=limit,
             max_evaluations=MAX_EVALUATIONS,
@@ -169,6 +173,39 @@ class Session:
             self.points = search(problem)
         for point in self.points:
             self.evidence[f"loss {'; '.join(map(str, point.choices)) or 'exact'}"] = [point.loss, point.half_width, point.samples]
+
+    def _drifts(self, graphs: Sequence[Graph], samples: int) -> list[float | str]:
+        """The label-free drift of each graph, or why it could not be run; spread over the executor if there is one."""
+        assert self.judge is not None  # only the search calls this
+        if self.executor is None or self.budget.evaluate is not None:
+            return [self._drift(graph, samples) for graph in graphs]
+        tasks = [self.executor.submit(drift_of, graph.module(), self.judge.probe(samples)) for graph in graphs]
+        return [task.result() for task in tasks]
+
+    def _drift(self, graph: Graph, samples: int) -> float | str:
+        assert self.judge is not None  # only the search calls this
+        try:
+            return self.judge.output_drift(self.eager(graph), samples)
+        except LoweringError as error:
+            return str(error)
+
+    def measure_reduced(self, candidates: Sequence[Candidate]) -> None:
+        """Time the whole model in reduced precision, where that is offered: the rates of single products say little about a runtime's casts."""
+        offered = next((c for c in candidates if c.rule.family == "precision" and c.site.name == "model"), None)
+        if offered is None or not self.target.is_here:
+            return
+        try:
+            graph = self.apply((Choice(offered.rule.name, "model", offered.knobs[-1]),))
+        except PlanError:
+            return
+        able = [name for name in self.runtimes if name not in SLOW_TO_COMPILE and self.lowering.runtimes[name].refuses(graph) is None]
+        with self.stages("lower"):
+            predicted = {("reduced", name): self.prices.graph_cost(graph, name).seconds for name in able}
+            entered = contenders(self.lowering, {"reduced": graph}, predicted)
+        with self.stages("measure"):
+            measured = run_race(entered, self.program.example, None, self.seed, REDUCED_ROUNDS)
+        for contender in entered:
+            self.anchors[contender.runtime, True] = measured[contender.label].seconds / contender.predicted
 
     def _record(self, verdict: str, choice: Choice, reason: str, saved: float | None, drift: float | None) -> None:
         family = next((rule.family for rule in self.rules if rule.name == choice.rule), "")

@@ -46,7 +46,7 @@ def problem(candidates, limit=0.02, evaluations=40, apply=None, log=None):
         candidates=candidates,
         apply=apply or (lambda choices: tuple(sorted(choices, key=str))),
         price=seconds,
-        drift=lambda graph, samples: loss(graph)[0],
+        drifts=lambda graphs, samples: [loss(graph)[0] for graph in graphs],
         loss=loss,
         limit=limit,
         max_evaluations=evaluations,

@@ -9,7 +9,7 @@ Source: Kalamkar et al. 2019, arXiv:1905.12322.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,10 +92,25 @@ def _reached(graph: Graph) -> set[Node]:
 
 
 def _block(graph: Graph, name: str) -> set[Node]:
-    from paretorch.ir.analyze import residual_streams
+    """The nodes between the two stream values that a block's name holds: "before->after". Empty if one of them is gone."""
+    first, _, last = name.partition("->")
+    before, after = graph.node(first), graph.node(last)
+    if before is None or after is None:
+        return set()
+    below = _closure(before, lambda node: node.users)
+    return {node for node in _closure(after, lambda node: node.all_input_nodes) & below if node.op == "call_function"} | {after}
 
-    found = next((block for stream in residual_streams(graph) for block in stream.blocks if block.name == name), None)
-    return {node for node in graph.nodes if found is not None and node.name in found.nodes}
+
+def _closure(start: Node, step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """Everything that `step` reaches from a node, without the node."""
+    seen: set[Node] = set()
+    waiting = [start]
+    while waiting:
+        for node in step(waiting.pop()):
+            if node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return seen
 
 
 def _narrow(graph: Graph, node: Node, site: str) -> None:
