@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from paretorch.capture import graph_of_traced
-from paretorch.ir.errors import ParetorchError
+from paretorch.ir.errors import CaptureError, ParetorchError
 from paretorch.rewrites import RULES
 from paretorch.rewrites.apply import apply_rule
 from paretorch.rewrites.normalize import normalize
@@ -40,9 +40,15 @@ def paretorch(module: fx.GraphModule, example_inputs: Sequence[Any], **options: 
 def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """The same function after normalize and the exact rules. Raises ParetorchError."""
     mode = torch._guards.detect_fake_mode(example_inputs)
-    fakes = [mode.from_tensor(x) if mode is not None and isinstance(x, torch.Tensor) and not _is_fake(x) else x for x in example_inputs]
-    with torch.no_grad():
-        traced = make_fx(module, tracing_mode="real" if mode is not None else "fake", pre_dispatch=True)(*fakes)
+    if mode is None:
+        raise CaptureError("the graph came without fake inputs; it goes to inductor as it is")
+    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) and not _is_fake(x) else x for x in example_inputs]
+    try:
+        with torch.no_grad(), mode:
+            traced = make_fx(module, tracing_mode="real", pre_dispatch=True)(*fakes)
+    except Exception as error:  # tracing raises many kinds; inductor gets what Dynamo captured
+        raise CaptureError(f"the graph could not be traced to ATen: {(str(error).splitlines() or ['no message'])[0]}") from error
+    traced.graph.eliminate_dead_code()
     graph = normalize(graph_of_traced(traced, fakes, mode))
     for rule in RULES:
         if rule.is_exact:

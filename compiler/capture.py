@@ -270,6 +270,28 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
+def graph_of_traced(module: fx.GraphModule, fakes: Sequence[Any], mode: Any) -> Graph:
+    """A graph of a traced module whose weights are inputs, as torch.compile gives it; types are computed from the fake inputs."""
+    graph = Graph("compiled", mode)
+    copies: dict[fx.Node, Any] = {}
+    given = iter(fakes)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = graph.input(node.name, next(given))
+        elif node.op == "get_attr":
+            held = constants_target(module, str(node.target))
+            if not isinstance(held, Tensor):
+                raise CaptureError(f"{node.target} is {type(held).__name__}: control flow inside of the graph stays with inductor")
+            copies[node] = graph.add_constant(str(node.target).replace(".", "_"), held)
+        elif node.op == "output":
+            graph.set_outputs(fx.node.map_arg(tuple(node.args[0]), lambda n: copies[n]))
+        else:
+            copy = graph.fx.node_copy(node, lambda n: copies[n])
+            copy.meta = {"val": node.meta.get("val"), "origin": origin_of_meta(node.meta)}
+            copies[node] = copy
+    return graph.clean()
+
+
 FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
