@@ -1,6 +1,6 @@
 """Attention to a window and to the first tokens, computed by blocks.
 
-local_attention(query: T[B,H,T,D], key: T[B,Hk,T,D], value: T[B,Hk,T,Dv], key_bias: T[B,T]?, scale, left, right, sinks, block, softcap)
+local_attention(query: T[B,H,T,D], key: T[B,Hk,T,D], value: T[B,Hk,T,Dv], key_bias: T[B or 1,T]?, scale, left, right, sinks, block, softcap)
   -> T[B,H,T,Dv], the same as attention with the same left, right and sinks.
 
 Queries are cut into blocks. Each block attends to the `sinks` first keys and to the left + block + right keys around it, which one lookup by constant
@@ -67,8 +67,8 @@ def local_attention(
     queries = queries.transpose(1, 2).reshape(batch * kv_heads, blocks, group * block, width)
     mask = seen.repeat(1, group, 1)[None]
     if key_bias is not None:
-        bias = key_bias.to(query.dtype).index_select(1, places.reshape(-1)).reshape(batch, 1, blocks, 1, span)
-        bias = bias.masked_fill(~mask, float("-inf"))  # T[B, 1, n, rows, K]
+        bias = key_bias.to(query.dtype).index_select(1, places.reshape(-1)).reshape(-1, 1, blocks, 1, span)
+        bias = bias.masked_fill(~mask, float("-inf"))  # T[B or 1, 1, n, rows, K]
         mask = bias.expand(batch, kv_heads, blocks, group * block, span).reshape(batch * kv_heads, blocks, group * block, span)
     mixed = attention(queries, fetch(key), fetch(value), mask, scale=scale, softcap=softcap)
     mixed = mixed.reshape(batch * kv_heads, blocks, group, block, value.shape[-1]).transpose(1, 2)

@@ -8,6 +8,7 @@ from torch.fx import Node
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import arguments, shape_of, tensor_type
 from paretorch.ir.ops import aten
+from paretorch.ir.types import Size
 
 
 def mask_by_pairs(node: Node) -> str | None:
@@ -32,18 +33,18 @@ def key_bias_of(b: Builder, node: Node) -> Node | None:
     mask, bias = given["mask"], given["key_bias"]
     if mask is None:
         return bias
-    flat = per_key(b, mask)
+    flat = per_key(b, mask, shape_of(given["key"])[-2])
     if tensor_type(flat).dtype == "bool":
         zero = b.constant("no_bias", torch.zeros(()))
         flat = b.call(aten("where.self"), (flat, zero, b.constant("hidden", torch.tensor(float("-inf")))))
     return flat if bias is None else b.add(flat, bias)
 
 
-def per_key(b: Builder, mask: Node) -> Node:
-    """A mask [B, 1, 1, Tk], or with fewer leading dimensions, as [B, Tk] or [1, Tk]."""
+def per_key(b: Builder, mask: Node, keys: Size) -> Node:
+    """A mask [B, 1, 1, Tk], or one that is broadcast to it, as [B, Tk] or [1, Tk]. keys: Tk."""
     rank = len(shape_of(mask))
     if rank == 1:
-        return b.unsqueeze(mask, 0)
+        mask = b.unsqueeze(mask, 0)
     for _ in range(rank - 2):
         mask = b.select(mask, -2, 0)
-    return mask
+    return b.expand(mask, [-1, keys]) if shape_of(mask)[-1] == 1 != keys else mask

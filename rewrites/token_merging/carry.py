@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from paretorch.ir.analyze import Atom, AxisFacts, rederive_lengths
 from paretorch.ir.builder import Builder
-from paretorch.ir.graph import Graph, arguments, tensor_type
+from paretorch.ir.graph import Graph, arguments, shape_of, tensor_type
 from paretorch.ir.ops import aten, is_op
 from paretorch.ir.types import DTYPES
 from paretorch.rewrites.sparse_attention.key_bias import per_key
@@ -30,7 +30,7 @@ def sizes_before(b: Builder, mixer: Node) -> Node | None:
         bias = given["key_bias"]
         parts.append(bias.args[0] if is_op(bias, "log_size") else _weight(b, bias))
     if given["mask"] is not None:
-        parts.append(_weight(b, per_key(b, given["mask"])))
+        parts.append(_weight(b, per_key(b, given["mask"], shape_of(given["key"])[-2])))
     if not parts:
         return None
     return parts[0] if len(parts) == 1 else b.mul(*parts)

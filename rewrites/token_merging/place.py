@@ -128,7 +128,8 @@ def _by_place(nodes: dict[str, Node], axis: TokenAxis) -> str:
     first = next((name for name in axis.mixers if sides[name] >= 0), axis.mixers[0])
     if sides[first] > 0:
         return f"{named(nodes[first])} attends to a window of places, which merging moves"
-    return f"{named(nodes[first])} hides later tokens from earlier ones; merging leaks what comes later into what comes before"
+    pairs = mask_by_pairs(nodes[first]) if is_op(nodes[first], "attention") and sides[first] < 0 else None
+    return pairs or f"{named(nodes[first])} hides later tokens from earlier ones; merging leaks what comes later into what comes before"
 
 
 def _downstream(graph: Graph, value: Node) -> tuple[Node, ...]:
