@@ -1,48 +1,83 @@
 """Capture: from a model to a graph.
 
-A ladder: torch.export (non-strict); else Dynamo's full graph; else the exportable submodules with eager glue (`islands.py`). All end in one flat
-graph of composite ATen ops whose weights are constants, with a signature that binds like the model's own forward.
+A ladder: torch.export (non-strict); else Dynamo's full graph (`dynamo.py`). Both end in one flat graph of composite ATen ops whose weights are
+constants, with a signature that binds like the model's own forward. A model that neither can take raises CaptureError with the place where
+export stopped; the parts of it that can be captured are found by `islands.py`.
 """
 
 from __future__ import annotations
 
-import re
+import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from paretorch.blame import blame, first_line
+from paretorch.caches import register_caches
+from paretorch.imported import graph_of_export, graph_of_traced, live_tensor
 from paretorch.ir.errors import CaptureError, InputError
-from paretorch.ir.graph import Graph, Origin
+from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable
 from paretorch.signature import Signature, leaf_of, parameters_of
+
+__all__ = ["Call", "Program", "as_call", "capture", "graph_of_traced"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Positional and keyword inputs together, as example inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass
 class Program:
-    """A captured model. example: flat inputs; mutations: (result index, buffer) that a call writes back; notes: what capture had to do."""
+    """A captured model.
+
+    The graph's inputs are the tensors of the user's arguments, then `state`: the buffers that the model changes. mutations: (result, input)
+    pairs, by place; a call writes the result back into that input. example: flat inputs, state included. notes: what capture had to do.
+    """
 
     graph: Graph
     example: tuple[Tensor, ...]
     signature: Signature
     original: Callable[..., Any] | None
-    mutations: tuple[tuple[int, Tensor], ...] = ()
+    state: tuple[Tensor, ...] = ()
+    mutations: tuple[tuple[int, int], ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
     def is_dynamic(self) -> bool:
         return self.signature.is_dynamic
 
+    @property
+    def symbols(self) -> dict[str, tuple[int, int | None]]:
+        """Smallest and largest value of each size that may vary."""
+        return dict(self.signature.ranges)
+
+    def flatten(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The graph's inputs, state included. Raises InputError with the argument's name, what was expected and what was found."""
+        return (*self.signature.flatten(args, kwargs), *self.state)
+
+    def unflatten(self, results: Sequence[Any]) -> Any:
+        """The model's own output structure from the graph's flat results."""
+        return self.signature.unflatten(results)
+
     def call(self, execute: Executable, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run as the model: bind, execute, write mutated buffers back, rebuild the output's structure. Raises InputError."""
-        results = execute(*self.signature.flatten(args, kwargs))
-        for index, buffer in self.mutations:
-            buffer.copy_(results[index])
+        """Run as the model: bind, execute, write changed buffers and inputs back, rebuild the output's structure. Raises InputError."""
+        flat = self.flatten(args, kwargs)
+        results = execute(*flat)
+        with torch.no_grad():
+            for result, place in self.mutations:
+                flat[place].copy_(results[result])
         return self.signature.unflatten(results)
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,32 +87,46 @@ class Program:
         return self.original(*args, **kwargs)
 
     def run_original(self, *flat: Tensor) -> tuple[Any, ...]:
-        """The original on flat inputs, with flat results in the order of the graph's outputs (mutated buffers are not among them)."""
+        """The original on flat inputs, with flat results in the order of the graph's outputs. The model's buffers are left as they were."""
+        changed = {place for _, place in self.mutations}
+        flat = tuple(tensor.clone() if place in changed else tensor for place, tensor in enumerate(flat))
         args, kwargs = self.structure(flat)
+        kept = [buffer.clone() for buffer in self.state]
         with torch.no_grad():
+            for buffer, value in zip(self.state, flat[len(flat) - len(self.state) :], strict=True):
+                buffer.copy_(value)
             leaves = pytree.tree_leaves(self.call_original(*args, **kwargs))
-        return tuple(leaf for leaf, (kind, _) in zip(leaves, self.signature.outputs, strict=True) if kind == "result")
+            results: list[Any] = [None] * len(self.graph.outputs)
+            for leaf, (kind, place) in zip(leaves, self.signature.outputs, strict=True):
+                if kind == "result":
+                    results[place] = leaf
+            after = (*flat[: len(flat) - len(self.state)], *(buffer.clone() for buffer in self.state))
+            for result, place in self.mutations:
+                results[result] = after[place]
+            for buffer, value in zip(self.state, kept, strict=True):
+                buffer.copy_(value)
+        return tuple(results)
 
     def structure(self, flat: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) of the original from flat inputs."""
+        """(args, kwargs) of the original from flat inputs; state is ignored."""
         tensors = iter(flat)
         leaves = [next(tensors) if leaf.is_tensor else leaf.value for leaf in self.signature.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.signature.input_spec)
         return tuple(args), dict(kwargs)
 
     def leaves(self, inputs: Any) -> tuple[Tensor, ...]:
-        """Flat tensors of inputs in the form of example_inputs, not yet checked against the captured shapes. Raises InputError."""
+        """Flat inputs of inputs in the form of example_inputs, not yet checked against the captured shapes. Raises InputError."""
         args, kwargs = as_call(inputs)
         found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if len(found) != len(self.example):
-            raise InputError(f"an item of data holds {len(found)} tensors; the captured model takes {len(self.example)}")
-        return tuple(found)
+        count = len(self.example) - len(self.state)
+        if len(found) != count:
+            raise InputError(f"an item of data holds {len(found)} tensors; the captured model takes {count}")
+        return (*found, *(buffer.clone() for buffer in self.state))
 
     def check(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self.signature.check(leaves)
-
-    def unflatten(self, results: Sequence[Any]) -> Any:
-        return self.signature.unflatten(results)
+        """Dtypes and shapes of flat inputs. Raises InputError."""
+        count = len(leaves) - len(self.state)
+        return (*self.signature.check(leaves[:count]), *leaves[count:])
 
     def callable_with(self, execute: Executable) -> Callable[..., Any]:
         """A function with the original's signature that runs `execute`; for `evaluate` budgets."""
@@ -90,9 +139,22 @@ class Program:
 
         return model
 
+    def signature_json(self) -> str:
+        """All that `from_signature` needs beside the graph and the example. Raises ArtifactError."""
+        return json.dumps({"signature": self.signature.to_json(), "mutations": self.mutations, "state": len(self.state)})
+
+    @classmethod
+    def from_signature(cls, text: str, graph: Graph, example: tuple[Tensor, ...]) -> Program:
+        """A program without its original; buffers that it changes start as they were when it was captured. Raises ArtifactError."""
+        body = json.loads(text)
+        state = tuple(tensor.clone() for tensor in example[len(example) - body["state"] :])
+        return cls(graph, example, Signature.from_json(body["signature"]), None, state, tuple((r, p) for r, p in body["mutations"]))
+
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of example inputs: a tensor, a tuple of positional, or a dict of keyword inputs. Raises InputError."""
+    if isinstance(inputs, Call):
+        return inputs.args, dict(inputs.kwargs)
     if isinstance(inputs, dict):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
@@ -105,46 +167,66 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any, dynamic_shapes: Any = None) -> Program:
     """Capture a model for these inputs. dynamic_shapes: torch.export's form, or {"input": {axis: "name"}}.
 
-    Raises InputError for a wrong call and CaptureError if no part of the model can be captured.
+    Raises InputError for a wrong call, and CaptureError if the model cannot become one graph, with the place where that failed.
     """
     args, kwargs = as_call(example_inputs)
+    register_caches()
     if isinstance(model, ExportedProgram):
-        return _from_export(model, model.module(check_guards=False), args, kwargs)
+        original = model.module(check_guards=False)
+        args, kwargs = _as_exported(model, original, args, kwargs)
+        _try_call(original, args, kwargs)
+        return from_export(model, original, args, kwargs)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {type(model).__name__}; expected a torch.nn.Module or a torch.export.ExportedProgram")
     if model.training:
         raise InputError(
             "the model is in training mode; call model.eval() first, since dropout and batch norm act differently when training"
         )
+    _try_call(model, args, kwargs)
+    dims = named_dims(model, args, kwargs, dynamic_shapes)
+    with torch.no_grad():
+        return _climb(model, args, kwargs, dims)
+
+
+def _try_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the model once on copies, and put its buffers back. Raises InputError if it does not take these inputs."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
     with torch.no_grad():
         try:
-            model(*args, **kwargs)
-        except Exception as error:
-            raise InputError(f"the model does not accept example_inputs: {type(error).__name__}: {_first_line(error)}") from error
-        return _climb(model, args, kwargs, _dims(dynamic_shapes))
+            model(*copies[0], **copies[1])
+        except Exception as error:  # a model may raise anything
+            raise InputError(f"the model does not accept example_inputs: {type(error).__name__}: {first_line(error)}") from error
+        finally:
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def _climb(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Any) -> Program:
     from paretorch.dynamo import from_dynamo
-    from paretorch.islands import from_islands
 
-    register_caches()
     try:
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dims, strict=False)
-        return _from_export(program, model, args, kwargs)
+        return from_export(program, model, args, kwargs)
     except Exception as error:  # torch.export raises many kinds; the next rung says what happened
-        why = f"torch.export: {type(error).__name__}: {_first_line(error)}"
+        if dims and "Constraints violated" in str(error):
+            raise InputError(f"dynamic_shapes cannot be kept: {_constraints(error)}") from error
+        why = f"torch.export: {blame(error)}"
     try:
         found = from_dynamo(model, args, kwargs, dims)
-        found.notes.append(f"captured by Dynamo, since {why}")
-        return found
     except Exception as error:
-        why += f"; Dynamo: {type(error).__name__}: {_first_line(error)}"
-    return from_islands(model, args, kwargs, why)
+        raise CaptureError(f"the model cannot be captured as one graph. {why}. Dynamo: {blame(error)}") from error
+    found.notes.append(f"captured by Dynamo, since {why}")
+    return found
 
 
-def _dims(dynamic_shapes: Any) -> Any:
-    """torch.export's form, where equal names in the short form are one Dim."""
+def _constraints(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(("For more information", "Suggested")))
+
+
+def named_dims(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
+    """torch.export's form, where equal names in the short form are one Dim, and inputs that are not named have fixed sizes."""
     named: dict[str, Any] = {}
 
     def dim(name: Any) -> Any:
@@ -157,75 +239,91 @@ def _dims(dynamic_shapes: Any) -> Any:
             return type(node)(dim(value) if isinstance(value, str) else walk(value) for value in node)
         return node
 
-    return walk(dynamic_shapes)
+    found = walk(dynamic_shapes)
+    if not isinstance(found, dict):
+        return found
+    given = list(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
+    given = [name for name in given if name not in ("args", "kwargs")] + [name for name in kwargs if name not in given]
+    unknown = sorted(set(found) - set(given) - {"args", "kwargs"})
+    if unknown:
+        raise InputError(f"dynamic_shapes names {', '.join(unknown)}; example_inputs gives {', '.join(given)}")
+    return {name: found.get(name) for name in [*given, *(name for name in ("args", "kwargs") if name in found)]}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+def _as_exported(
+    program: ExportedProgram, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs, positional and by keyword where the program was exported so. Raises InputError."""
+    places, names = (program.call_spec.in_spec.child(0).num_children, list(program.call_spec.in_spec.child(1).context or []))
+    parameters = inspect.signature(module.forward)
+    try:
+        bound = parameters.bind(*args, **kwargs).arguments
+        order = list(parameters.parameters)
+        return tuple(bound[name] for name in order[:places]), {name: bound[name] for name in names}
+    except (TypeError, KeyError) as error:
+        raise InputError(f"example_inputs do not fit the exported program, whose inputs are {', '.join(parameters.parameters)}") from error
 
 
-def _from_export(program: ExportedProgram, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    program = program.run_decompositions({})
-    found, specs = program.graph_signature, program.graph_signature.input_specs
+def from_export(program: ExportedProgram, original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """The program of an exported model. Raises CaptureError if its graph holds what ours cannot."""
+    with torch.no_grad():
+        program = program.run_decompositions({})
+    graph, changed = graph_of_export(program)
+    specs, found = program.graph_signature.input_specs, program.graph_signature.output_specs
     fakes = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    forward = original.forward if isinstance(original, nn.Module) else original
-    user = [spec for spec in specs if spec.kind == InputKind.USER_INPUT]
-    signature = _signature(forward, args, kwargs, program, [fakes.get(spec.arg.name) for spec in user])
-    constants = _constants(program)
-    graph = from_fx(program.graph, constants, [spec.arg.name for spec in user if not isinstance(spec.arg, ConstantArgument)])
-    mutated = [
-        (index, constants_target(original, str(spec.target)))
-        for index, spec in enumerate(found.output_specs)
-        if spec.kind == OutputKind.BUFFER_MUTATION
-    ]
-    example = signature.flatten(args, kwargs)
-    notes = _refuse_input_mutation(found)
-    return Program(graph, example, signature, original, tuple(mutated), notes)
-
-
-def _refuse_input_mutation(found: Any) -> list[str]:
-    changed = [spec.target for spec in found.output_specs if spec.kind == OutputKind.USER_INPUT_MUTATION]
-    if changed:
-        raise CaptureError(f"the model writes into its inputs {', '.join(map(str, changed))}; return the new values instead")
-    return []
-
-
-def constants_target(original: Any, name: str) -> Tensor:
-    """The live tensor of that name, which a call writes back into."""
-    target: Any = original
-    for part in name.split("."):
-        target = getattr(target, part)
-    return target  # type: ignore[no-any-return]
-
-
-def _constants(program: ExportedProgram) -> dict[str, tuple[str, Tensor]]:
-    """Placeholder name -> (name of the constant, tensor)."""
-    found = {}
-    for spec in program.graph_signature.input_specs:
-        if spec.kind == InputKind.USER_INPUT or spec.target is None:
-            continue
-        tensor = program.state_dict.get(spec.target, program.constants.get(spec.target))
-        if isinstance(tensor, Tensor):
-            found[spec.arg.name] = (spec.target, tensor.detach())
-    return found
+    leaves = [spec for spec in specs if spec.kind == InputKind.USER_INPUT]
+    signature = _signature(original.forward, args, kwargs, program, [fakes.get(spec.arg.name) for spec in leaves])
+    state = tuple(live_tensor(original, str(spec.target)) for spec in changed)
+    inputs = [node.name for node in graph.inputs]
+    by_buffer = {spec.target: spec.arg.name for spec in changed}
+    mutations, result = [], 0
+    for spec in found:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            mutations.append((result, inputs.index(by_buffer.get(spec.target, spec.target))))
+        result += not isinstance(spec.arg, ConstantArgument)
+    example = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    copies = tuple(buffer.detach().clone() for buffer in state)
+    return Program(graph, (*example, *copies), signature, original, state, tuple(mutations))
 
 
 def _signature(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], program: ExportedProgram, fakes: list[Any]
 ) -> Signature:
+    outputs: list[tuple[str, Any]] = []
+    result = 0
+    for spec in program.graph_signature.output_specs:
+        is_constant = isinstance(spec.arg, ConstantArgument)
+        if spec.kind == OutputKind.USER_OUTPUT:
+            outputs.append(("value", spec.arg.value) if is_constant else ("result", result))  # type: ignore[union-attr]
+        result += not is_constant
+    return signature_of(forward, args, kwargs, fakes, program.call_spec.out_spec, outputs, _ranges(program))  # type: ignore[arg-type]
+
+
+def signature_of(
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fakes: Sequence[Any],
+    output_spec: pytree.TreeSpec,
+    outputs: Sequence[tuple[str, Any]],
+    ranges: dict[str, tuple[int, int | None]],
+) -> Signature:
+    """fakes: for each leaf of the arguments its fake tensor, or None."""
     parameters, defaults = parameters_of(forward)
     names = [name for name, _, kind in parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
     positional = tuple(names[i] if i < len(names) else f"input_{i}" for i in range(len(args)))
     paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-    leaves = tuple(
-        leaf_of(_path(path, positional), value, fake) for (path, value), fake in zip(paths, [*fakes, *[None] * len(paths)], strict=False)
-    )
-    outputs = []
-    for index, out in enumerate(program.graph_signature.output_specs):
-        if out.kind == OutputKind.USER_OUTPUT:
-            outputs.append(("value", out.arg.value) if isinstance(out.arg, ConstantArgument) else ("result", index))
+    leaves = tuple(leaf_of(_path(path, positional), value, fake) for (path, value), fake in zip(paths, fakes, strict=True))
     plain = {name: value for name, value in defaults.items() if value is None or isinstance(value, (int, float, str, bool))}
-    return Signature(parameters, positional, tuple(kwargs), spec, leaves, program.call_spec.out_spec, tuple(outputs), plain)
+    return Signature(parameters, positional, tuple(kwargs), spec, leaves, output_spec, tuple(outputs), plain, ranges)
+
+
+def _ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    found = {}
+    for symbol, bounds in program.range_constraints.items():
+        low, high = bounds.lower, bounds.upper
+        found[str(symbol)] = (int(low) if low.is_Integer else 0, int(high) if high.is_Integer else None)
+    return found
 
 
 def _path(path: tuple[Any, ...], positional: tuple[str, ...]) -> str:
@@ -233,96 +331,3 @@ def _path(path: tuple[Any, ...], positional: tuple[str, ...]) -> str:
     first, rest = path[1], path[2:]
     name = positional[first.idx] if hasattr(first, "idx") else str(first.key)
     return name + "".join(str(key) for key in rest)
-
-
-def from_fx(source: fx.Graph, constants: dict[str, tuple[str, Tensor]], inputs: Sequence[str]) -> Graph:
-    """A graph from a flat fx graph of ATen ops with types in meta["val"]. constants: placeholder or attribute -> (name, tensor)."""
-    mode = next((n.meta["val"].fake_mode for n in source.nodes if hasattr(n.meta.get("val"), "fake_mode")), None)
-    graph = Graph("model", mode)
-    copies: dict[fx.Node, Any] = {}
-    shared: dict[int, fx.Node] = {}
-    for node in source.nodes:
-        if node.op == "placeholder" and node.name in inputs:
-            copies[node] = graph.input(node.name, node.meta["val"])
-        elif node.op in ("placeholder", "get_attr"):
-            key = node.name if node.op == "placeholder" else str(node.target)
-            copies[node] = _constant(graph, shared, *constants[key]) if key in constants else None
-        elif node.op == "output":
-            graph.set_outputs(fx.node.map_arg(tuple(node.args[0]), lambda n: copies[n]))
-        else:
-            copy = graph.fx.node_copy(node, lambda n: copies[n])
-            copy.meta = {"val": node.meta.get("val"), "origin": origin_of_meta(node.meta)}
-            copies[node] = copy
-    return graph.clean()
-
-
-def _constant(graph: Graph, shared: dict[int, fx.Node], name: str, tensor: Tensor) -> fx.Node:
-    """Tied weights are one constant."""
-    if id(tensor) not in shared and tensor.data_ptr():
-        twin = next((n for n in shared.values() if _same_storage(graph.constants[str(n.target)], tensor)), None)
-        shared[id(tensor)] = twin if twin is not None else graph.add_constant(name, tensor)
-    elif id(tensor) not in shared:
-        shared[id(tensor)] = graph.add_constant(name, tensor)
-    return shared[id(tensor)]
-
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def graph_of_traced(module: fx.GraphModule, fakes: Sequence[Any], mode: Any) -> Graph:
-    """A graph of a traced module whose weights are inputs, as torch.compile gives it; types are computed from the fake inputs."""
-    graph = Graph("compiled", mode)
-    copies: dict[fx.Node, Any] = {}
-    given = iter(fakes)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = graph.input(node.name, next(given))
-        elif node.op == "get_attr":
-            held = constants_target(module, str(node.target))
-            if not isinstance(held, Tensor):
-                raise CaptureError(f"{node.target} is {type(held).__name__}: control flow inside of the graph stays with inductor")
-            copies[node] = graph.add_constant(str(node.target).replace(".", "_"), held)
-        elif node.op == "output":
-            graph.set_outputs(fx.node.map_arg(tuple(node.args[0]), lambda n: copies[n]))
-        else:
-            copy = graph.fx.node_copy(node, lambda n: copies[n])
-            copy.meta = {"val": node.meta.get("val"), "origin": origin_of_meta(node.meta)}
-            copies[node] = copy
-    return graph.clean()
-
-
-FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-def origin_of_meta(meta: dict[str, Any]) -> Origin:
-    """Module path and source line from what export recorded."""
-    stack = meta.get("nn_module_stack") or {}
-    path = next((str(entry[0]) for entry in reversed(list(stack.values())) if entry and entry[0]), "")
-    frames = FRAME.findall(meta.get("stack_trace") or "")
-    source = f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
-    return Origin(path.removeprefix("L['self']."), source)
-
-
-def register_caches() -> None:
-    """Let transformers' caches be inputs and outputs, if transformers is loaded; a second registration changes nothing."""
-    import sys
-
-    if "transformers" not in sys.modules:
-        return
-    from torch.utils._pytree import SUPPORTED_NODES
-    from transformers import DynamicCache
-
-    if DynamicCache in SUPPORTED_NODES:
-        return
-
-    def flatten(cache: Any) -> tuple[list[Any], Any]:
-        return [[layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]], None
-
-    def unflatten(parts: Any, _: Any) -> Any:
-        cache = DynamicCache()
-        for index, (keys, values) in enumerate(zip(*parts, strict=True)):
-            cache.update(keys, values, index)
-        return cache
-
-    pytree.register_pytree_node(DynamicCache, flatten, unflatten, serialized_type_name="transformers.DynamicCache")

@@ -1,9 +1,12 @@
-"""The second rung of capture: Dynamo's full graph, recorded by a backend of our own, then traced to ATen and exported again."""
+"""The second rung of capture: Dynamo's full graph, recorded by a backend of our own, then exported as a plain module.
+
+Dynamo lifts weights to inputs of its graph. The recorded call is made with the real tensors, so weights, inputs and outputs are told apart by identity.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,123 +14,125 @@ from torch.utils import _pytree as pytree
 
 from paretorch.ir.errors import CaptureError
 
-if False:  # typing only; capture imports this module
+if TYPE_CHECKING:
     from paretorch.capture import Program
+    from paretorch.ir.graph import Graph
+
+
+class Recorder:
+    """A backend that keeps each graph, and what the first call of it was given and returned."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[fx.GraphModule, tuple[Any, ...], tuple[Any, ...]]] = []
+
+    def __call__(self, module: fx.GraphModule, _: Sequence[Any]) -> Any:
+        def run(*given: Any) -> Any:
+            results = module(*given)
+            self.calls.append((module, given, tuple(results)))
+            return results
+
+        return run
 
 
 class Recorded(nn.Module):
-    """A graph that Dynamo recorded, with the weights it lifted as attributes: takes the tensors that vary, returns the model's output."""
+    """Dynamo's graph with its weights as buffers: takes the tensors that vary."""
 
-    def __init__(self, module: fx.GraphModule, fixed: dict[int, Tensor], count: int, rebuild: Callable[[Any], Any]) -> None:
+    def __init__(self, module: fx.GraphModule, given: Sequence[Any], varying: set[int]) -> None:
         super().__init__()
-        self.module, self.count, self.rebuild, self.places = module, count, rebuild, sorted(fixed)
-        for place, tensor in fixed.items():
-            self.register_buffer(f"weight_{place}", tensor)
+        self.module = module
+        self.kept = tuple(None if place in varying or isinstance(value, Tensor) else value for place, value in enumerate(given))
+        self.places = {place for place, value in enumerate(given) if isinstance(value, Tensor) and place not in varying}
+        self.varying = varying
+        for place in self.places:
+            self.register_buffer(f"weight_{place}", given[place].detach())
 
     def forward(self, *tensors: Tensor) -> Any:
-        given, inputs = iter(tensors), []
-        for place in range(self.count):
-            inputs.append(getattr(self, f"weight_{place}") if place in self.places else next(given))
-        return self.rebuild(self.module(*inputs))
+        varying, inputs = iter(tensors), []
+        for place, value in enumerate(self.kept):
+            held = getattr(self, f"weight_{place}") if place in self.places else value
+            inputs.append(next(varying) if place in self.varying else held)
+        return self.module(*inputs)
 
 
 def from_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Any) -> Program:
-    """Raises whatever Dynamo or export raise, and CaptureError where the result is not the model's."""
-    from paretorch.capture import Program, _from_export
-    from paretorch.signature import Signature, leaf_of, parameters_of
+    """Raises whatever Dynamo or export raise, and CaptureError where the result cannot be matched with the model's."""
+    from paretorch.capture import Program, from_export, signature_of
 
     if dims:
-        raise CaptureError("Dynamo's graph is used with fixed sizes only")
-    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+        raise CaptureError("Dynamo's graph is used with fixed sizes only, and dynamic_shapes was given")
+    copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    output, (module, given, results) = _record(model, *copies)
+    places = {id(leaf): place for place, leaf in enumerate(t for t in pytree.tree_leaves(copies) if isinstance(t, Tensor))}
+    varying = [place for place, value in enumerate(given) if id(value) in places]
+    recorded = Recorded(module, given, set(varying)).eval()
+    flat = tuple(given[place] for place in varying)
+    inner = from_export(torch.export.export(recorded, flat, strict=False), recorded, flat, {})
+    if inner.mutations:
+        raise CaptureError("the model changes its buffers or inputs, which Dynamo's graph does not say by name")
+    leaves, spec = pytree.tree_flatten(output)
+    places_of_results = [place for kind, place in inner.signature.outputs if kind == "result"]
+    if len(places_of_results) != len(results):
+        raise CaptureError("Dynamo's graph returns values that are no tensors")
+    outputs = [_place(leaf, results, places_of_results) for leaf in leaves]
+    example = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    graph = _with_all_inputs(_renamed(inner.graph, given, model), [places[id(tensor)] for tensor in flat], example)
+    fakes = iter(node.meta["val"] for node in graph.inputs)
+    given_leaves = pytree.tree_leaves((args, kwargs))
+    signature = signature_of(
+        model.forward, args, kwargs, [next(fakes) if isinstance(x, Tensor) else None for x in given_leaves], spec, outputs, {}
+    )
+    return Program(graph, example, signature, model)
 
-    def record(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append((module, list(inputs)))
-        return module.forward
 
+def _record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[fx.GraphModule, tuple[Any, ...], tuple[Any, ...]]]:
+    recorder = Recorder()
     torch._dynamo.reset()
-    with torch.no_grad():
-        expected = torch.compile(model, backend=record, fullgraph=True, dynamic=False)(*args, **kwargs)
-    torch._dynamo.reset()
-    if len(graphs) != 1:
-        raise CaptureError(f"Dynamo made {len(graphs)} graphs; one is needed")
-    module = graphs[0][0]
-    owned = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    names = {id(tensor): place for place, tensor in enumerate(given)}
-    real = _real_inputs(module, model, given)
-    fixed = {place: tensor for place, tensor in enumerate(real) if id(tensor) in owned or id(tensor) not in names}
-    order = [names[id(tensor)] for place, tensor in enumerate(real) if place not in fixed]
-    leaves, spec = pytree.tree_flatten(expected)
-    recorded = Recorded(module, {p: t.detach() for p, t in fixed.items()}, len(real), lambda out: out).eval()
-    flat = tuple(given[place] for place in order)
-    with torch.no_grad():
-        results = recorded(*flat)
-    outputs = _match_outputs(leaves, list(results))
-    exported = torch.export.export(recorded, flat, strict=False)
-    inner = _from_export(exported, recorded, flat, {})
-    parameters, defaults = parameters_of(model.forward)
-    keyed, in_spec = pytree.tree_flatten_with_path((args, kwargs))
-    positional = tuple(name for name, _, _ in parameters[: len(args)])
-    found = tuple(leaf_of(f"input {i}", value, None) for i, (_, value) in enumerate(keyed))
-    plain = {name: value for name, value in defaults.items() if value is None or isinstance(value, (int, float, str, bool))}
-    signature = Signature(parameters, positional, tuple(kwargs), in_spec, found, spec, outputs, plain)
-    graph = _reordered(inner.graph, order, given)
-    return Program(graph, tuple(given), signature, model, (), list(inner.notes))
+    try:
+        with torch.no_grad():
+            output = torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()
+    if len(recorder.calls) != 1:
+        raise CaptureError(f"Dynamo made {len(recorder.calls)} graphs; one is needed")
+    return output, recorder.calls[0]
 
 
-def _real_inputs(module: fx.GraphModule, model: nn.Module, given: list[Tensor]) -> list[Tensor]:
-    """The real tensor behind each placeholder: a lifted weight, found by its recorded source, or one of the user's inputs."""
-    found = []
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        source = node.meta.get("example_value")
-        name = getattr(getattr(node, "_dynamo_source", None), "name", None)
-        found.append(_lookup(name() if callable(name) else str(name), source, model, given))
-    return found
+def _place(leaf: Any, results: Sequence[Any], places: Sequence[int]) -> tuple[str, Any]:
+    """Which result of the graph an output is; an output that is no tensor keeps the value that it had."""
+    if not isinstance(leaf, Tensor):
+        return "value", leaf
+    found = next((number for number, result in enumerate(results) if result is leaf), None)
+    if found is None:
+        raise CaptureError("an output of the model is not among the results of Dynamo's graph")
+    return "result", places[found]
 
 
-def _lookup(name: str, example: Any, model: nn.Module, given: list[Tensor]) -> Tensor:
-    candidates = [*model.parameters(), *model.buffers(), *given]
-    if name.startswith("L["):
-        try:
-            tensor = eval(name, {"L": {"self": model}})  # Dynamo's own expression for where it read the weight
-            if isinstance(tensor, Tensor):
-                return tensor
-        except (AttributeError, KeyError, IndexError, TypeError):
-            pass
-    same = [t for t in candidates if t.shape == example.shape and t.dtype == example.dtype]
-    if len(same) == 1:
-        return same[0]
-    raise CaptureError(f"Dynamo's input {name} cannot be matched to one weight or input of the model")
+def _renamed(graph: Graph, given: Sequence[Any], model: nn.Module) -> Graph:
+    """The graph with its weights under the names that they have in the model."""
+    names = {id(tensor): name for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    graph = graph.copy()
+    constants = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            old = str(node.target)
+            place = old.removeprefix("weight_")
+            new = names.get(id(given[int(place)]), old) if place.isdigit() and old.startswith("weight_") else old
+            constants[new] = graph.constants[old]
+            node.target = new
+    graph.constants = constants
+    return graph
 
 
-def _match_outputs(leaves: list[Any], results: list[Any]) -> tuple[tuple[str, Any], ...]:
-    """Which result each leaf of the output is; leaves that are no tensor keep the value they had."""
-    outputs: list[tuple[str, Any]] = []
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            outputs.append(("value", leaf))
-            continue
-        same = [i for i, r in enumerate(results) if isinstance(r, Tensor) and r.shape == leaf.shape and torch.equal(r, leaf)]
-        if not same:
-            raise CaptureError("an output of the model is not among the results of Dynamo's graph")
-        outputs.append(("result", same[0]))
-    return tuple(outputs)
-
-
-def _reordered(graph: Any, order: list[int], given: list[Tensor]) -> Any:
-    """The graph with one input per user tensor in the user's order; inputs that Dynamo dropped are added unused."""
-    made = graph.inputs
-    by_place = dict(zip(order, made, strict=True))
-    anchor = made[0] if made else graph.nodes[0]
-    for place, tensor in enumerate(given):
-        if place not in by_place:
-            with graph.fx.inserting_before(anchor):
-                node = graph.fx.placeholder(f"unused_{place}")
-            node.meta["val"] = graph.fake(tensor)
-            by_place[place] = node
-    for place in range(len(given)):
-        if by_place[place] is not anchor or place:
-            graph.nodes[0].prepend(by_place[place]) if place == 0 else by_place[place - 1].append(by_place[place])
+def _with_all_inputs(graph: Graph, order: Sequence[int], example: Sequence[Tensor]) -> Graph:
+    """The graph with one input per user tensor in the user's order; those that Dynamo dropped are there, unused."""
+    made = dict(zip(order, graph.inputs, strict=True))
+    first = graph.nodes[0]
+    for place, tensor in enumerate(example):
+        if place not in made:
+            made[place] = graph.input(f"unused_{place}", graph.fake(tensor))
+    for place in range(len(example)):
+        if made[place] is not first:
+            first.prepend(made[place])
     return graph

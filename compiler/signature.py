@@ -6,14 +6,15 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-import torch
+import sympy
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from paretorch.ir.errors import ArtifactError, InputError
-from paretorch.ir.types import DTYPE_NAMES
+from paretorch.ir.types import DTYPE_NAMES, size_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Leaf:
     """One leaf of the flattened arguments: a tensor input of the graph, or a value that was fixed at capture.
 
     path: how the user names it ("images", "past[0].keys"); shape: None marks a size that may vary; value: what was fixed.
+    symbols: for each size that may vary its expression ("s0", "2*s0"), "" for the others.
     """
 
     path: str
@@ -28,6 +30,7 @@ class Leaf:
     dtype: str = ""
     shape: tuple[int | None, ...] = ()
     value: Any = None
+    symbols: tuple[str, ...] = ()
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Signature:
     """parameters: (name, has default, kind) of the model's forward; order: names bound at capture, positional ones first.
 
     outputs: for each leaf of the output its place in the graph's results, or the value that it always has.
+    ranges: smallest and largest value of each symbol, None if there is no largest.
     """
 
     parameters: tuple[tuple[str, bool, str], ...]
@@ -45,6 +49,7 @@ class Signature:
     output_spec: pytree.TreeSpec
     outputs: tuple[tuple[str, Any], ...]
     defaults: dict[str, Any] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int | None]] = field(default_factory=dict)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The graph's flat inputs. Raises InputError with the argument's name, what was expected and what was found."""
@@ -64,6 +69,8 @@ class Signature:
             )
         for leaf, tensor in zip(expected, tensors, strict=True):
             _check_leaf(leaf, tensor)
+        if self.ranges:
+            check_sizes(expected, tensors, self.ranges)
         return tuple(tensors)
 
     def unflatten(self, results: Sequence[Any]) -> Any:
@@ -81,8 +88,8 @@ class Signature:
             return json.dumps({
                 "parameters": [list(p) for p in self.parameters], "positional": list(self.positional), "keywords": list(self.keywords),
                 "input_spec": pytree.treespec_dumps(self.input_spec), "output_spec": pytree.treespec_dumps(self.output_spec),
-                "leaves": [[e.path, e.is_tensor, e.dtype, list(e.shape), e.value] for e in self.leaves],
-                "outputs": [list(o) for o in self.outputs], "defaults": self.defaults,
+                "leaves": [[e.path, e.is_tensor, e.dtype, list(e.shape), e.value, list(e.symbols)] for e in self.leaves],
+                "outputs": [list(o) for o in self.outputs], "defaults": self.defaults, "ranges": self.ranges,
             }, indent=1)  # fmt: skip
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ArtifactError(f"the model's inputs or outputs cannot be written to a file: {error}") from error
@@ -99,13 +106,15 @@ class Signature:
             ) from error
         return cls(
             tuple((name, has, kind) for name, has, kind in body["parameters"]), tuple(body["positional"]), tuple(body["keywords"]), specs[0],
-            tuple(Leaf(path, is_tensor, dtype, tuple(shape), value) for path, is_tensor, dtype, shape, value in body["leaves"]), specs[1],
+            tuple(Leaf(*leaf[:3], tuple(leaf[3]), leaf[4], tuple(leaf[5])) for leaf in body["leaves"]), specs[1],
             tuple((kind, value) for kind, value in body["outputs"]), body["defaults"],
+            {name: (low, high) for name, (low, high) in body["ranges"].items()},
         )  # fmt: skip
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by parameter name, as the model's own forward would bind them."""
         names = [name for name, _, kind in self.parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+        names += self.positional[len(names) :]  # what went into *args
         if len(args) > len(names):
             raise InputError(f"{len(args)} positional inputs were given; the model takes {len(names)}: {', '.join(names)}")
         bound = dict(zip(names, args, strict=False))
@@ -121,7 +130,7 @@ class Signature:
                 )
             bound[name] = self.defaults[name]
         for name in set(bound) - wanted:
-            if bound[name] is not self.defaults.get(name):
+            if not _same(self.defaults.get(name), bound[name]):
                 raise InputError(f"the input {name!r} was not given when the model was captured; give it in example_inputs to use it")
         return bound
 
@@ -134,7 +143,40 @@ class Signature:
 
 
 def _same(fixed: Any, given: Any) -> bool:
-    return type(fixed) is type(given) and bool(fixed == given)
+    return fixed is given or (type(fixed) is type(given) and not isinstance(given, Tensor) and bool(fixed == given))
+
+
+def check_sizes(leaves: Sequence[Leaf], tensors: Sequence[Tensor], ranges: Mapping[str, tuple[int, int | None]]) -> None:
+    """Sizes that vary must be equal where the model was captured with equal ones, and in range. Raises InputError."""
+    found: dict[str, tuple[int, str]] = {}
+    for leaf, tensor in zip(leaves, tensors, strict=True):
+        for axis, (expression, size) in enumerate(zip(leaf.symbols, tensor.shape, strict=True)):
+            if not expression:
+                continue
+            place, (symbol, value) = f"axis {axis} of {leaf.path}", solved(expression, size)
+            if symbol and value is None:
+                raise InputError(f"{place} is {size}; expected a size of the form {expression}")
+            if value is None:
+                continue
+            first, where = found.setdefault(symbol, (value, place))
+            if value != first:
+                raise InputError(f"{place} is {size}, which does not go with {where}; the model was captured with sizes that vary together")
+            low, high = ranges.get(symbol, (0, None))
+            if value < low or (high is not None and value > high):
+                raise InputError(f"{place} is {size}; dynamic_shapes allows {low} to {'any' if high is None else high} for {expression}")
+
+
+@lru_cache(maxsize=4096)
+def solved(expression: str, size: int) -> tuple[str, int | None]:
+    """(symbol, its value) where an expression of one symbol has this size; ("", None) for expressions of several."""
+    if expression.isidentifier():
+        return expression, size
+    parsed = sympy.sympify(expression)
+    if len(parsed.free_symbols) != 1:
+        return "", None
+    (symbol,) = parsed.free_symbols
+    values = [value for value in sympy.solve(sympy.Eq(parsed, size), symbol) if value.is_Integer]
+    return str(symbol), int(values[0]) if values else None
 
 
 def _check_leaf(leaf: Leaf, tensor: Any) -> None:
@@ -176,5 +218,7 @@ def leaf_of(path: str, value: Any, fake: Any) -> Leaf:
     if not isinstance(value, Tensor):
         return Leaf(path, False, value=value)
     sizes = fake.shape if isinstance(fake, Tensor) else value.shape
-    shape = tuple(int(size) if isinstance(size, int) or not isinstance(size, torch.SymInt) else None for size in sizes)
-    return Leaf(path, True, DTYPE_NAMES.get(value.dtype, str(value.dtype)), shape)
+    found = [size_of(size) for size in sizes]
+    shape = tuple(size if isinstance(size, int) else None for size in found)
+    symbols = tuple("" if isinstance(size, int) else str(size) for size in found)
+    return Leaf(path, True, DTYPE_NAMES.get(value.dtype, str(value.dtype)), shape, None, symbols)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from paretorch.capture import capture
+from paretorch.capture import Program, capture
 from paretorch.ir.errors import CaptureError, InputError
-from paretorch.signature import Signature
 
 
 class Net(nn.Module):
@@ -117,8 +116,8 @@ def test_tied_weights_are_one_constant():
 
 def test_the_signature_survives_json(net):
     program = capture(net, X)
-    again = Signature.from_json(program.signature.to_json())
-    torch.testing.assert_close(again.unflatten(program.graph.run(*again.flatten((X,), {})))["y"], net(X)["y"])
+    again = Program.from_signature(program.signature_json(), program.graph, program.example)
+    torch.testing.assert_close(call(again, X)["y"], net(X)["y"])
 
 
 class Impossible(nn.Module):
