@@ -21,23 +21,21 @@ from torch import Tensor
 
 from paretorch.cost_model import fingerprint
 from paretorch.cost_model.curves import Calibration, Sample
-from paretorch.cost_model.devices import Device, cpu_model, shared_cache_bytes
+from paretorch.cost_model.devices import Device, cpu_model
 from paretorch.cost_model.measure import burst
-from paretorch.cost_model.probes import GPU_PROBES, PROBES, Probe, cold_probe, panel, static_graph
-from paretorch.cost_model.rates import analytic, derive
+from paretorch.cost_model.panels import Panel, cache_bytes, compile_panels
+from paretorch.cost_model.probes import DISPATCH, Probe, static_graph
+from paretorch.cost_model.rates import analytic, derive, overheads
 from paretorch.cost_model.work import Work, work_of
-from paretorch.ir.errors import LoweringError, TargetError
+from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
 
-DTYPES = ("f32", "bf16")
 QUICK_SECONDS, THOROUGH_SECONDS = 7.0, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
 BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
 LOW = 10  # the percentile that is kept: what a probe takes when nothing disturbs it
-CHEAP_COMPILE_S = 0.05  # a runtime that compiles a probe in less gets a graph for each
-LARGEST_COLD_BYTES = 48e6  # a larger cache is not overflowed by calibration: its weights are then taken to stay in it
 CONTRADICTION = 2.0
 DERIVED = {"inductor": "eager"}  # compiling takes too long to measure curves: rates follow from another runtime's
 FLOOR_S = 2e-8
@@ -59,32 +57,10 @@ class _PlainTorch:
 
 
 @dataclass
-class _Panel:
-    """A compiled graph of probes. idle: the inputs with zero rows; idle_samples: seconds of a call in which nothing is active."""
-
-    runtime: str
-    dtype: str
-    probes: tuple[Probe, ...]
-    nodes: int
-    execute: Executable
-    idle: tuple[Tensor, ...]
-    widen: bool
-    place: str
-    idle_samples: list[float] = field(default_factory=list)
-
-    def call(self, probe: Probe | None, rows: int) -> Callable[[], Any]:
-        """A call in which this probe has so many rows."""
-        inputs = list(self.idle)
-        if probe is not None:
-            inputs[self.probes.index(probe)] = probe.input(rows, "f32" if self.widen else self.dtype, self.place)
-        return lambda: self.execute(*inputs)
-
-
-@dataclass
 class _Run:
     """One probe at one number of rows, with its samples. Its inputs are made when it is measured, and kept."""
 
-    panel: _Panel
+    panel: Panel
     probe: Probe | None
     rows: int
     call: Callable[[], Any]
@@ -109,17 +85,22 @@ def calibrate(
             samples[name] = kept
     missing = {name: runtime for name, runtime in wanted.items() if name not in samples}
     if missing:
-        samples |= _measure(missing, thorough, place, clock)
+        samples |= _measure(missing, thorough, place, clock, notes)
     for name in missing:
         problem = fingerprint.write(fingerprint.fingerprint(name, thorough, place), samples[name], date.today().isoformat())
         if problem is not None:
             notes["cache"] = problem
     measured = tuple(sample for name in sorted(samples) for sample in samples[name])
-    if not measured:
+    if not any(sample.curve == "matrix" for sample in measured):
         raise TargetError(f"none of the runtimes {', '.join(runtimes) or '(none given)'} could run a single probe here")
     derived = {name: DERIVED[name] for name in runtimes if name in DERIVED}
     facts = {"processor": cpu_model(), "threads": str(torch.get_num_threads()), "torch": torch.__version__, **notes}
-    found = Calibration("this machine", derive(measured, derived), _cache_bytes(), measured, facts, _bandwidth(measured))
+    rates = derive(measured, derived)
+    for name in sorted(set(runtimes) - {runtime for runtime, _ in rates}):
+        base = next(iter(sorted({runtime for runtime, _ in rates})))
+        rates |= {(name, dtype): found for (runtime, dtype), found in rates.items() if runtime == base}
+        facts[f"{name} not measured"] = f"the rates of {base} are used"
+    found = Calibration("this machine", rates, cache_bytes(), measured, facts, _bandwidth(measured))
     if device is not None:
         _refuse_contradiction(found, device, place)
     return found
@@ -139,18 +120,14 @@ def _kept(name: str, thorough: bool, place: str) -> tuple[Sample, ...] | None:
     return best if best is not None or thorough else fingerprint.read(fingerprint.fingerprint(name, False, place))
 
 
-def _cache_bytes() -> float:
-    return shared_cache_bytes() or LARGEST_COLD_BYTES
-
-
 # measuring
 
 
 def _measure(
-    runtimes: Mapping[str, Runtime], thorough: bool, place: str, clock: Callable[[], float]
-) -> dict[str, tuple[Sample, ...]]:  # fmt: skip
-    """Samples by runtime."""
-    panels = [panel for name, runtime in runtimes.items() for panel in _panels(name, runtime, thorough, place, clock)]
+    runtimes: Mapping[str, Runtime], thorough: bool, place: str, clock: Callable[[], float], problems: dict[str, str]
+) -> dict[str, tuple[Sample, ...]]:
+    """Samples by runtime. problems: gets what could not be compiled, with the reason."""
+    panels = [panel for name, runtime in runtimes.items() for panel in compile_panels(name, runtime, thorough, place, problems)]
     runs = [run for panel in panels for run in _runs(panel)]
     seconds, rounds = (THOROUGH_SECONDS, THOROUGH_ROUNDS) if thorough else (QUICK_SECONDS, QUICK_ROUNDS)
     shuffle, order, began = random.Random(0), list(runs), clock()
@@ -160,28 +137,33 @@ def _measure(
         shuffle.shuffle(order)
         for run in order:
             run.samples += burst(run.call, BURST_SECONDS, BURST, clock)
-    idle = {id(run.panel): _low(run.samples) for run in runs if run.probe is None}
-    found = {name: [_overhead(panels, name, idle)] for name in runtimes if any(panel.runtime == name for panel in panels)}
+    found: dict[str, list[Sample]] = {name: [] for name in runtimes}
+    for name, samples in found.items():
+        own = [run for run in runs if run.panel.runtime == name]
+        idle = _idle_seconds(own)
+        samples += [_sample(run, run.probe, idle[id(run.panel)]) for run in own if run.probe is not None]
+    return {name: tuple(samples) for name, samples in found.items()}
+
+
+def _idle_seconds(runs: Sequence[_Run]) -> dict[int, float]:
+    """What a call of each panel takes beside the work of its probes: of a panel of many what it takes with zero rows, of a lone one dispatch."""
+    found = {id(run.panel): _low(run.samples) for run in runs if run.probe is None}
+    launch, call = overheads({run.probe.curve: _low(run.samples) for run in runs if run.probe in DISPATCH})
     for run in runs:
-        if run.probe is not None:
-            found[run.panel.runtime].append(_sample(run, run.probe, idle[id(run.panel)]))
-    return {name: tuple(found.get(name, ())) for name in runtimes}
+        if run.probe in DISPATCH:
+            found[id(run.panel)] = 0.0
+        elif len(run.panel.probes) == 1:
+            found[id(run.panel)] = call + launch * run.panel.nodes
+    return found
 
 
-def _runs(panel: _Panel) -> list[_Run]:
+def _runs(panel: Panel) -> list[_Run]:
     active = [_Run(panel, probe, rows, panel.call(probe, rows)) for probe in panel.probes for rows in probe.rows]
-    return [_Run(panel, None, 0, panel.call(None, 0)), *active]
+    return active if len(panel.probes) == 1 else [_Run(panel, None, 0, panel.call(None, 0)), *active]
 
 
 def _low(samples: Sequence[float]) -> float:
     return float(numpy.percentile(samples, LOW))
-
-
-def _overhead(panels: Sequence[_Panel], name: str, idle: Mapping[int, float]) -> Sample:
-    """Seconds of dispatch per node: of calls in which every node meets empty tensors. `amount` counts nodes."""
-    own = [panel for panel in panels if panel.runtime == name]
-    each = [idle[id(panel)] / panel.nodes for panel in own]
-    return Sample(name, "f32", "launch", (1.0,), 1.0, max(float(numpy.median(each)), FLOOR_S), 0.0)
 
 
 def _sample(run: _Run, probe: Probe, idle: float) -> Sample:
@@ -202,47 +184,6 @@ def _works(probe: Probe, rows: int, dtype: str) -> tuple[Work, ...]:
 
 
 # compiling
-
-
-def _panels(name: str, runtime: Runtime, thorough: bool, place: str, clock: Callable[[], float]) -> list[_Panel]:
-    """The compiled graphs of one runtime, of each dtype that it takes."""
-    chosen = tuple(probe for probe in PROBES if thorough or probe.quick) + (GPU_PROBES if place == "cuda" else ())
-    began = clock()
-    first = _compile(name, runtime, chosen[:1], "f32", place)
-    is_cheap = clock() - began < CHEAP_COMPILE_S
-    if first is None:
-        return []
-    found = [first]
-    for dtype in DTYPES:
-        probes = chosen[1:] if dtype == "f32" else tuple(probe for probe in chosen if probe.half)
-        if dtype == "f32" and place == "cpu" and _cache_bytes() <= LARGEST_COLD_BYTES:
-            probes = (*probes, cold_probe(_cache_bytes(), dtype))
-        groups = [(probe,) for probe in probes] if is_cheap else [probes]
-        found += [
-            compiled for group in groups if (compiled := _compile(name, runtime, group, dtype, place, 2 if is_cheap else None)) is not None
-        ]
-    return found
-
-
-def _compile(name: str, runtime: Runtime, probes: tuple[Probe, ...], dtype: str, place: str, rows: int | None = None) -> _Panel | None:
-    """A panel; None if the runtime takes no such graph, in its own dtype or widened to f32 at inputs and outputs.
-
-    rows: of the graph's types; None for symbols, which a runtime that runs the graph as it stands does not need.
-    """
-    for widen in (False, True) if dtype != "f32" else (False,):
-        with torch.device(place):
-            graph = panel(probes, dtype, widen, rows)
-        if runtime.refuses(graph) is not None:
-            continue
-        examples = tuple(probe.input(2 + i, "f32" if widen else dtype, place) for i, probe in enumerate(probes))
-        try:
-            execute = runtime.compile(graph, examples)
-            idle = tuple(example[:0] for example in examples)
-            execute(*idle)
-        except (LoweringError, RuntimeError):  # this dtype then has no rates of its own, and f32's are used for it
-            continue
-        return _Panel(name, dtype, probes, len(graph.calls), execute, idle, widen, place)
-    return None
 
 
 # checking against the device row

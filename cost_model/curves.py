@@ -62,12 +62,14 @@ def _between(points: Iterable[tuple[float, float]], place: float) -> float:
 class Rates:
     """What one runtime does at one dtype.
 
-    curves: by op name or kind; flops per second for kinds that are rated by flops, else bytes per second. launch_s: of one node; call_s: of one call of
-    the whole graph, whatever is in it. A fused pointwise op costs this share of its own pass over memory: chained, after another pointwise op;
-    epilogue, after a matrix product or convolution; into_row, before a reduction along rows. strided: views cost nothing but their dispatch, and a copy
-    is made only where a reshape needs it. cold_s_per_byte: further seconds for each byte of weights that no cache holds. flops_per_s: bounds the
-    kinds that are rated by bytes, on devices that are known by their row only; measured curves contain it. output_s_per_byte: of handing
-    out results.
+    curves: by op name or kind; flops per second for kinds that are rated by flops, else bytes per second. launch_s: of one node; call_s: of
+    one call of the whole graph, whatever is in it; output_s_per_byte: of handing out results.
+    Shares of its own pass over memory that a light op still costs where a runtime may fuse it. chained: after another pointwise op; epilogue:
+    after a matrix product; filtered: after a convolution; into_row: before a reduction along rows; beside_attention: a view that is executed,
+    between attention and the products around it.
+    strided: views cost nothing but their dispatch, and a copy is made only where a reshape needs it. cold_s_per_byte: further seconds for each
+    byte of weights that no cache holds. flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only;
+    measured curves contain it.
     """
 
     curves: Mapping[str, Curve]
@@ -76,6 +78,8 @@ class Rates:
     chained: float = 1.0
     epilogue: float = 1.0
     into_row: float = 1.0
+    filtered: float = 1.0
+    beside_attention: float = 1.0
     strided: bool = True
     cold_s_per_byte: float = 0.0
     flops_per_s: float = math.inf

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,15 +15,16 @@ import torch
 
 from paretorch.cost_model.curves import Sample
 from paretorch.cost_model.devices import cpu_features, cpu_model
+from paretorch.cost_model.probes import DISPATCH, GPU_PROBES, PROBES
 
-FORMAT = 1  # raised when probes, or what is kept of them, change
+FORMAT = 2  # raised when what probes compute, or what is kept of them, changes
 PACKAGE = {"onnxruntime": "onnxruntime", "openvino": "openvino"}  # the package, beside torch, whose version a runtime's rates depend on
 
 
 def fingerprint(runtime: str, thorough: bool, place: str) -> dict[str, str]:
     """All that the rates of one runtime depend on; a change of any part makes them void."""
     return {
-        "format": str(FORMAT),
+        "format": f"{FORMAT} {probes_digest()}",
         "runtime": runtime,
         "form": "thorough" if thorough else "quick",
         "processor": cpu_model() if place == "cpu" else torch.cuda.get_device_name(),
@@ -31,6 +33,13 @@ def fingerprint(runtime: str, thorough: bool, place: str) -> dict[str, str]:
         "torch": torch.__version__,
         "package": _version(PACKAGE[runtime]) if runtime in PACKAGE else "",
     }
+
+
+@cache
+def probes_digest() -> str:
+    """Changes with the set of probes and their sizes."""
+    rows = [(p.name, p.curve, p.shape, p.rows, p.repeats, p.axis, p.narrowed, p.half) for p in (*DISPATCH, *PROBES, *GPU_PROBES)]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:8]
 
 
 def _version(package: str) -> str:

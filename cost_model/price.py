@@ -42,7 +42,6 @@ class Prices:
     def __init__(self, calibration: Calibration, device: Device) -> None:
         self.calibration, self.device = calibration, device
         self._known: dict[Any, Cost] = {}
-        self._work: dict[Any, Work] = {}
 
     def rates(self, runtime: str, dtype: str) -> Rates:
         """The rates for a dtype; a dtype that was not measured is run as f32. Raises TargetError for a runtime without rates."""
@@ -93,23 +92,23 @@ class Prices:
     def _cost(self, node: Node, context: _Context) -> Cost:
         if kind_of(node) == "scalar":
             return NOTHING
-        key = (_signature(node), context, _neighbours(node))
+        fused = fusions(node)
+        key = (_signature(node), context, fused)
         if key not in self._known:
-            self._known[key] = self._price(node, context)
+            self._known[key] = self._price(node, context, fused)
         return self._known[key]
 
-    def _price(self, node: Node, context: _Context) -> Cost:
+    def _price(self, node: Node, context: _Context, fused: tuple[str, ...]) -> Cost:
         work = work_of(node)
         rates = self.rates(context.runtime, work.dtype)
         if kind_of(node) == "view" and rates.strided:
             if not copies(node):
                 return Cost(rates.launch_s)
             work = Work(("clone", "copy"), work.at, 0.0, work.bytes_moved, work.dtype)
-        share = fused_share(node, rates)
-        seconds = _seconds(work, rates)
+        share = min((getattr(rates, name) for name in fused), default=1.0)
         cold = context.cold * rates.cold_s_per_byte * work.constant_bytes
-        launches = share
-        return Cost(seconds * share + cold + launches * rates.launch_s, work.flops, work.bytes_moved * share, launches)
+        seconds = (_seconds(work, rates) + rates.launch_s) * share + cold
+        return Cost(seconds, work.flops, work.bytes_moved * share, share)
 
 
 def _seconds(work: Work, rates: Rates) -> float:
@@ -125,40 +124,63 @@ def _seconds(work: Work, rates: Rates) -> float:
     return max(moving, work.flops / rates.flops_per_s)
 
 
-def fused_share(node: Node, rates: Rates) -> float:
-    """What a pointwise node still costs of its own pass over memory: 1 unless this runtime fuses it with a neighbour."""
-    if not _is_pointwise(node):
-        return 1.0
-    shares = [1.0]
-    makers = [maker for argument in node.all_input_nodes if (maker := _maker(argument)).op == "call_function"]
-    alone = [maker for maker in makers if len(maker.users) == 1]
-    if any(kind_of(maker) in ("matrix", "convolution") for maker in alone):
-        shares.append(rates.epilogue)
-    if any(_is_pointwise(maker) for maker in makers):
-        shares.append(rates.chained)
-    if any(kind_of(user) in ("row", "reduce") for user in node.users):
-        shares.append(rates.into_row)
-    return min(shares)
-
-
-def _is_pointwise(node: Node) -> bool:
-    op = op_of(node)
-    return op is not None and op.kind == "elementwise"
-
-
-def _maker(node: Node) -> Node:
-    """What computed a value, looking through views."""
-    while kind_of(node) == "view" and isinstance(node.args[0], Node) and node.op == "call_function":
-        node = node.args[0]
-    return node
-
-
-def _neighbours(node: Node) -> Any:
-    """What of its surroundings the price of a pointwise node depends on."""
-    if not _is_pointwise(node):
+def fusions(node: Node) -> tuple[str, ...]:
+    """Names of the shares of `Rates` that may apply to a node where it stands."""
+    if kind_of(node) == "view":
+        return ("beside_attention",) if _is_beside_attention(node) else ()
+    if not _is_light(node):
         return ()
-    makers = tuple((kind_of(maker), len(maker.users) == 1) for argument in node.all_input_nodes if (maker := _maker(argument)))
-    return makers, frozenset(kind_of(user) for user in node.users)
+    makers = _makers(node)
+    sources = {_source_kind(maker) for maker in makers if len(maker.users) == 1}
+    if "convolution" in sources:
+        return ("filtered",)
+    found = ("epilogue",) if "matrix" in sources else ()
+    if any(_is_light(maker) for maker in makers):
+        found = (*found, "chained")
+    if any(kind_of(user) in ("row", "reduce") for user in node.users):
+        found = (*found, "into_row")
+    return found
+
+
+def _is_beside_attention(node: Node) -> bool:
+    """Whether only views stand between this one and attention."""
+    if any(kind_of(maker) == "attention" for maker in _makers(node)):
+        return True
+    users = list(node.users)
+    while users:
+        user = users.pop()
+        if kind_of(user) == "attention":
+            return True
+        if kind_of(user) in ("view", "scalar"):
+            users += user.users
+    return False
+
+
+def _is_light(node: Node) -> bool:
+    """Whether it does little for each element: a pointwise op, or a norm whose statistics are known."""
+    op = op_of(node)
+    return op is not None and (op.kind == "elementwise" or op.name == "batch_norm")
+
+
+def _makers(node: Node) -> list[Node]:
+    """The calls that computed the operands, looking through views."""
+    found = []
+    for maker in node.all_input_nodes:
+        while kind_of(maker) in ("view", "scalar") and maker.args and isinstance(maker.args[0], Node):
+            maker = maker.args[0]
+        if maker.op == "call_function":
+            found.append(maker)
+    return found
+
+
+def _source_kind(node: Node) -> str:
+    """The kind of the op whose result this is, or from whose result light ops alone computed it."""
+    while _is_light(node):
+        alone = [maker for maker in _makers(node) if len(maker.users) == 1]
+        if not alone:
+            break
+        node = alone[0]
+    return kind_of(node)
 
 
 def _signature(node: Node) -> Any:

@@ -1,7 +1,7 @@
 """Probes: the small graphs that calibration times, each a chain of one op, over rows that are chosen when it is run.
 
-Every probe takes one input whose first axis is symbolic, so that one compiled graph holds many probes, of which those that are not being
-measured get zero rows and cost next to nothing.
+Every probe takes one input of which one axis is symbolic, so that one compiled graph holds many probes, of which those that are not being
+measured get zero rows (or one, where a runtime takes no empty tensor) and cost next to nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -17,6 +18,7 @@ from torch.fx import Node
 
 from paretorch.ir.builder import Builder, build
 from paretorch.ir.graph import Graph
+from paretorch.ir.ops import aten
 from paretorch.ir.types import DTYPES, TensorType
 
 Body = Callable[[Builder, Node, str], Node]
@@ -26,7 +28,8 @@ Body = Callable[[Builder, Node, str], Node]
 class Probe:
     """curve: the price curve that its points belong to; body: (builder, x, dtype) -> y, a chain of `repeats` equal ops and maybe some views.
 
-    shape: of the input behind its first axis; rows: the sizes of that axis to measure; integers: the input holds indices below this.
+    shape: of the input without the axis that varies, which is put in at place `axis`; rows: its sizes to measure; integers: the input
+    holds indices below this.
     serves: further op names and kinds that its curve prices. is_executed_view: a view that ONNX runtimes execute as a copy.
     narrowed: only the first column of the result is returned, so that handing out results, which a runtime may copy, is not measured with the op.
     half: whether it is measured at half precision too. quick: whether the quick form measures it.
@@ -38,6 +41,7 @@ class Probe:
     shape: tuple[int, ...]
     rows: tuple[int, ...]
     repeats: int = 1
+    axis: int = 0
     integers: int = 0
     serves: tuple[str, ...] = ()
     is_executed_view: bool = False
@@ -45,12 +49,16 @@ class Probe:
     half: bool = True
     quick: bool = True
 
+    def sizes(self, rows: Any) -> tuple[Any, ...]:
+        """The shape of the input at so many rows, a number or a symbol."""
+        return (*self.shape[: self.axis], rows, *self.shape[self.axis :])
+
     def input(self, rows: int, dtype: str, place: str) -> Tensor:
         """A random input, the same each time. place: the torch device that it lies on."""
         draws = torch.Generator().manual_seed(rows)
         if self.integers:
-            return torch.randint(self.integers, (rows, *self.shape), generator=draws).to(place)
-        return torch.randn(rows, *self.shape, generator=draws).to(place, DTYPES[dtype])
+            return torch.randint(self.integers, self.sizes(rows), generator=draws).to(place)
+        return torch.randn(self.sizes(rows), generator=draws).to(place, DTYPES[dtype])
 
 
 def weight(b: Builder, name: str, dtype: str, *shape: int) -> Node:
@@ -72,9 +80,17 @@ def linears(width: int, count: int) -> Body:
 
 
 def attentions(causal: bool = False) -> Body:
-    """x: [rows, H, T, D] as query, key and value."""
+    """x: [B, H, T, D] as query, key and value."""
     side = 0 if causal else -1
     return lambda b, x, dtype: b.attention(x, x, x, scale=0.125, right=side)
+
+
+def packed_attention(b: Builder, x: Node, dtype: str) -> Node:
+    """x: [B, T, 3 * H * D], split into heads, attended, and joined again: attention with the moves that a model makes around it."""
+    split = b.permute(b.view(x, [BATCH, -1, 3, HEADS, 64]), [2, 0, 3, 1, 4])
+    query, key, value = (b.item(b.unbind(split, 0), place) for place in range(3))
+    mixed = b.attention(query, key, value, scale=0.125)
+    return b.call(aten("reshape.default"), (b.permute(mixed, [0, 2, 1, 3]), [BATCH, -1, HEADS * 64]))
 
 
 def convolutions(channels: int, taps: int, groups: int, count: int) -> Body:
@@ -135,6 +151,41 @@ def linear_and_sum(b: Builder, x: Node, dtype: str) -> Node:
     return x
 
 
+def batch_norms(channels: int, count: int) -> Body:
+    def body(b: Builder, x: Node, dtype: str) -> Node:
+        for _ in range(count):
+            scale, shift, mean = (weight(b, "n", dtype, channels) for _ in range(3))
+            x = b.batch_norm(
+                x, scale, shift, mean, b.constant(f"v_{len(b.graph.constants)}", ones(dtype, channels)), False, 0.1, 1e-5, False
+            )
+        return x
+
+    return body
+
+
+def ones(dtype: str, size: int) -> Tensor:
+    return torch.ones(size, dtype=DTYPES[dtype])
+
+
+def convolution_and_norm(b: Builder, x: Node, dtype: str) -> Node:
+    """Pointwise convolutions, each followed by a batch norm, a residual add and a pointwise op."""
+    for _ in range(2):
+        y = convolutions(32, 1, 1, 1)(b, x, dtype)
+        x = b.relu(b.add(batch_norms(32, 1)(b, y, dtype), x))
+    return x
+
+
+def tiny_chain(count: int) -> Body:
+    """So many nodes that do next to nothing, which no runtime fuses into one."""
+
+    def body(b: Builder, x: Node, dtype: str) -> Node:
+        for place in range(count):
+            x = b.softmax(x, -1) if place % 2 else linears(TINY, 1)(b, x, dtype)
+        return x
+
+    return body
+
+
 def lookup(b: Builder, x: Node, dtype: str) -> Node:
     return b.embedding(weight(b, "table", dtype, 4096, 384), x)
 
@@ -151,7 +202,8 @@ def joined(b: Builder, x: Node, dtype: str) -> Node:
     return b.cat([x, x], 1)
 
 
-HEADS, TOKENS = 6, 128
+BATCH, HEADS, TOKENS = 4, 6, 128
+TINY, TINY_ROWS, SHORT, LONG = 8, 2, 4, 36
 NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
 LINEAR = tuple(
     Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
@@ -161,19 +213,19 @@ LINEAR = tuple(
     )
 )  # fmt: skip
 ATTENTION = (
-    Probe("attention32", "attention", attentions(), (HEADS, 32, 64), (1, 8)),
-    Probe("attention128", "attention", attentions(), (HEADS, TOKENS, 64), (1, 4)),
-    Probe("attention512", "attention", attentions(), (HEADS, 512, 64), (1,)),
-    Probe("causal128", "attention.causal", attentions(True), (HEADS, TOKENS, 64), (4,)),
-    Probe("causal512", "attention.causal", attentions(True), (HEADS, 512, 64), (1,)),
-    Probe("attention2048", "attention", attentions(), (HEADS, 2048, 64), (1,), quick=False),
+    Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2),
+    Probe("attention4", "attention", attentions(), (BATCH, HEADS, 64), (32, 128, 256), axis=2),
+    Probe("packed4", "packed", packed_attention, (BATCH, 3 * HEADS * 64), (TOKENS,), axis=1, half=False),
+    Probe("causal1", "attention.causal", attentions(True), (1, HEADS, 64), (512,), axis=2),
+    Probe("causal4", "attention.causal", attentions(True), (BATCH, HEADS, 64), (TOKENS,), axis=2),
+    Probe("attention_long", "attention", attentions(), (1, HEADS, 64), (2048,), axis=2, quick=False),
 )
 CONVOLUTION = tuple(
     Probe(f"{curve}{channels}", curve, convolutions(channels, taps, channels if depthwise else 1, count), (channels, side, side), rows, count)
     for curve, taps, depthwise in (
         ("convolution", 3, False), ("convolution.pointwise", 1, False), ("convolution.depthwise", 3, True),
     )
-    for channels, side, count, rows in ((32, 28, 2, (1, 8)), (128, 14, 2, (1, 4)))
+    for channels, side, count, rows in ((32, 28, 2, (1, 8)), (128, 14, 2, (1, 4)), (96, 56, 1, (1,)))
 )  # fmt: skip
 ROWS = (
     Probe("layer_norm", "layer_norm", norms(384, 3), (384,), (8, 197, 1576), 3, serves=("row",)),
@@ -187,6 +239,9 @@ POINTWISE = (
     Probe("add_norm", "add_norm", norm_of_sum, (384,), (1576,), half=False),
     Probe("narrow", "narrow", linears(NARROW, NARROW_COUNT), (NARROW,), (NARROW_ROWS,), half=False),
     Probe("linear_add", "linear_add", linear_and_sum, (NARROW,), (NARROW_ROWS,), half=False),
+    Probe("batch_norm", "batch_norm", batch_norms(32, 2), (32, 28, 28), (1, 8), 2),
+    Probe("convolution2", "convolution2", convolutions(32, 1, 1, 2), (32, 28, 28), (8,), half=False),
+    Probe("convolution_norm", "convolution_norm", convolution_and_norm, (32, 28, 28), (8,), half=False),
     Probe("gelu", "gelu", repeated("gelu", 2), (384,), (8, 197, 1576), 2),
     Probe("tanh", "tanh", repeated("tanh", 2), (384,), (197, 1576), 2, serves=("erf",)),
     Probe("silu", "silu", repeated("silu", 2), (384,), (197, 1576), 2, serves=("sigmoid", "softplus")),
@@ -201,12 +256,12 @@ MOVES = (
         "slice", "slice", sliced, (TOKENS, 384), (1, 8),
         serves=("select", "split", "unbind", "expand"), is_executed_view=True, narrowed=False, half=False,
     ),
-    Probe("view", "view", lambda b, x, dtype: b.view(x, [-1, TOKENS, HEADS, 64]), (TOKENS, 384), (1, 8), half=False),
     Probe("clone", "clone", permuted_copy, (TOKENS, HEADS, 64), (1, 8), narrowed=False),
     Probe("cat", "copy", joined, (TOKENS, 384), (1, 8), half=False),
     Probe("embedding", "gather", lookup, (TOKENS,), (1, 8), integers=4096, half=False),
 )  # fmt: skip
 PROBES = (*LINEAR, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
+DISPATCH = tuple(Probe(f"dispatch{count}", f"dispatch{count}", tiny_chain(count), (TINY,), (TINY_ROWS,)) for count in (SHORT, LONG))
 GPU_PROBES = (
     Probe("linear4096", "matrix", linears(4096, 1), (4096,), (1, 128, 8192)),
     Probe("add_long", "elementwise", sums, (4096,), (4096, 65536)),
@@ -224,12 +279,12 @@ def cold_probe(nbytes: float, dtype: str) -> Probe:
 def panel(probes: tuple[Probe, ...], dtype: str, widen: bool, rows: int | None = None) -> Graph:
     """One graph that holds all these probes side by side, each with an input and an output of its own.
 
-    widen: inputs and outputs are f32, for runtimes that take nothing else, and are cast to dtype and back inside. rows: of each first axis; None
+    widen: inputs and outputs are f32, for runtimes that take nothing else, and are cast to dtype and back inside. rows: of each axis that varies; None
     for a symbol of its own.
     """
     types = {
         f"x{place}": TensorType(
-            _input_dtype(probe, dtype, widen), (rows or sympy.Symbol(f"m{place}", integer=True, positive=True), *probe.shape)
+            _input_dtype(probe, dtype, widen), probe.sizes(rows or sympy.Symbol(f"m{place}", integer=True, positive=True))
         )
         for place, probe in enumerate(probes)
     }
@@ -254,5 +309,5 @@ def _input_dtype(probe: Probe, dtype: str, widen: bool) -> str:
 
 def static_graph(probe: Probe, rows: int, dtype: str) -> Graph:
     """The probe's chain alone at so many rows, for its formulas; nothing runs."""
-    type_ = TensorType("i64" if probe.integers else dtype, (rows, *probe.shape))
+    type_ = TensorType("i64" if probe.integers else dtype, probe.sizes(rows))
     return build(probe.name, lambda b, x: probe.body(b, x, dtype), x=type_)

@@ -8,19 +8,23 @@ from statistics import median
 
 from paretorch.cost_model.curves import Calibration, Curve, Rates, Sample
 from paretorch.cost_model.device_rows import Device
-from paretorch.cost_model.probes import NARROW, NARROW_COUNT, NARROW_ROWS, PROBES
+from paretorch.cost_model.probes import BATCH, DISPATCH, HEADS, LONG, NARROW, NARROW_COUNT, NARROW_ROWS, PROBES, SHORT, TOKENS
 from paretorch.cost_model.work import RATED_BY_FLOPS
 from paretorch.ir.types import DTYPES
 
-NOT_CURVES = ("launch", "chain", "narrow", "linear_add", "add_norm", "add_out", "cold")  # samples that set a share or an overhead instead
+NOT_CURVES = (  # samples that set a share or an overhead instead
+    "packed", "chain", "narrow", "linear_add", "add_norm", "add_out", "cold", "convolution2", "convolution_norm", *(probe.curve for probe in DISPATCH),
+)  # fmt: skip
 WHOLE = {probe.curve for probe in PROBES if not probe.narrowed}  # curves whose samples hold the handing out of a whole result
 SERVES = {probe.curve: (probe.curve, *probe.serves) for probe in PROBES}
 UNFUSED = 0.8  # a share of a pass above this is noise around one
+FREE = 1e30  # bytes per second of what is not executed
 LEAST = 0.1  # what is left at least when an overhead is taken off a sample
 STRIDED = 0.4  # where permuting costs less than this share of copying, views are not executed
 
 # What inductor adds to the kernels that eager has too: assumptions, corrected per model by the first race.
-INDUCTOR = {"launch_s": 1.5e-6, "call_s": 20e-6, "chained": 0.1, "epilogue": 0.6, "into_row": 0.1}
+INDUCTOR = {"launch_s": 1.5e-6, "call_s": 20e-6, "chained": 0.1, "epilogue": 0.6, "into_row": 0.1, "filtered": 0.3}
+CONVOLVED = 8 * 32 * 28 * 28  # elements that the probe of convolutions with norms works on
 
 
 def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[str, str], Rates]:
@@ -56,17 +60,23 @@ def _curves(group: Iterable[Sample]) -> dict[str, Curve]:
         if sample.curve not in NOT_CURVES and sample.amount > 0:
             for name in SERVES.get(sample.curve, (sample.curve,)):
                 points.setdefault(name, []).append((sample.at, sample.amount / sample.seconds))
-    return {name: Curve.of(found) for name, found in points.items()}
+    return {"view": Curve.constant(FREE), **{name: Curve.of(found) for name, found in points.items()}}
 
 
 def _rates(group: list[Sample], plain: list[Sample], curves: dict[str, Curve]) -> Rates:
-    launch = next((s.seconds for s in plain if s.curve == "launch"), 0.0)
+    launch, call = overheads({s.curve: s.seconds for s in plain})
     strided = _is_strided(group)
     if not strided:
         curves.pop("clone", None)  # its probe measured the permutation before it, which has a curve of its own
-    return Rates(
-        curves, launch, 0.0, *_shares(group, curves["elementwise"]), strided=strided, cold_s_per_byte=_cold(plain, curves["matrix"], group)
-    )
+    shares = _shares(group, curves["elementwise"], curves.get("batch_norm", curves["elementwise"]))
+    return Rates(curves, launch, call, **shares, strided=strided, cold_s_per_byte=_cold(plain))
+
+
+def overheads(seconds: Mapping[str, float]) -> tuple[float, float]:
+    """Seconds of dispatch of a node, and of a call, from a short and a long chain of nodes that do next to nothing. seconds: by curve."""
+    short, long = (seconds.get(probe.curve, 0.0) for probe in DISPATCH)
+    launch = max(long - short, 0.0) / (LONG - SHORT)
+    return launch, max(short - SHORT * launch, 0.0)
 
 
 def _is_strided(group: Iterable[Sample]) -> bool:
@@ -75,8 +85,8 @@ def _is_strided(group: Iterable[Sample]) -> bool:
     return slowest["permute"] <= STRIDED * slowest["clone"]
 
 
-def _shares(group: Iterable[Sample], passes: Curve) -> tuple[float, float, float]:
-    """chained, epilogue and into_row, each from a chain with and without its pointwise ops; 1 where the chain was not measured."""
+def _shares(group: Iterable[Sample], passes: Curve, norm: Curve) -> dict[str, float]:
+    """The shares of `Rates` by name, each from a chain with and without its pointwise ops; 1 where the chain was not measured."""
     total = {s.curve: s for s in group}
 
     def seconds(nbytes: float) -> float:
@@ -86,7 +96,7 @@ def _shares(group: Iterable[Sample], passes: Curve) -> tuple[float, float, float
         found = min(max(extra / expected, 0.0), 1.0)
         return found if found < UNFUSED else 1.0
 
-    chained = epilogue = into_row = 1.0
+    chained = epilogue = into_row = filtered = 1.0
     if "chain" in total:
         one = total["chain"].amount / 14  # add(x, x) moves two tensors, each of the four others three
         chained = share(total["chain"].seconds - seconds(2 * one), 4 * seconds(3 * one))
@@ -98,17 +108,40 @@ def _shares(group: Iterable[Sample], passes: Curve) -> tuple[float, float, float
     if "add_norm" in total and norms:
         largest = max(norms, key=lambda s: s.amount)
         into_row = share(total["add_norm"].seconds / 3 - largest.seconds, seconds(largest.amount))
-    return chained, epilogue, into_row
+    if "convolution_norm" in total and "convolution2" in total:
+        one = CONVOLVED * DTYPES[total["convolution2"].dtype].itemsize
+        extra = total["convolution_norm"].seconds - total["convolution2"].seconds
+        filtered = share(extra, 2 * (2 * one / norm((2 * one,)) + seconds(3 * one) + seconds(2 * one)))
+    return {
+        "chained": chained,
+        "epilogue": epilogue,
+        "into_row": into_row,
+        "filtered": filtered,
+        "beside_attention": _beside_attention(group),
+    }
 
 
-def _cold(plain: Iterable[Sample], matrix: Curve, group: Iterable[Sample]) -> float:
+def _beside_attention(group: list[Sample]) -> float:
+    """What moves around attention still cost of what they cost alone."""
+    whole = next((s for s in group if s.curve == "packed"), None)
+    alone = next((s for s in group if s.curve == "attention" and whole is not None and s.at == whole.at), None)
+    curves = _curves(s for s in group if s.curve in ("permute", "slice"))
+    if whole is None or alone is None or not {"permute", "slice"} <= curves.keys():
+        return 1.0
+    one = BATCH * HEADS * TOKENS * 64 * DTYPES[whole.dtype].itemsize
+    permuted = [one * 2 * parts / curves["permute"]((one * 2 * parts,)) for parts in (3, 1)]
+    unbound = one * 6 / curves["slice"]((one * 6,))
+    return min(max((whole.seconds - alone.seconds) / (sum(permuted) + unbound), 0.0), 1.0)
+
+
+def _cold(plain: list[Sample]) -> float:
     """Further seconds per byte of weights that are read from memory instead of a cache; from f32, for all dtypes."""
-    own = Curve.of([(s.at, s.amount / s.seconds) for s in plain if s.curve == "matrix"] or [((1.0, 1.0), 1.0)])
+    matrix = _curves(plain).get("matrix")
     extras = []
-    for sample in plain:
+    for sample in plain if matrix is not None else ():
         if sample.curve == "cold":
             rows, width = sample.at
-            extras.append((sample.seconds - 2 * rows * width**2 / own(sample.at)) / (width**2 * DTYPES[sample.dtype].itemsize))
+            extras.append((sample.seconds - 2 * rows * width**2 / matrix(sample.at)) / (width**2 * DTYPES[sample.dtype].itemsize))
     return max(median(extras), 0.0) if extras else 0.0
 
 
@@ -121,11 +154,10 @@ SHARES = {
 }
 SHARES["rocm"] = SHARES["cuda"]
 FUSING = {  # what a fused pointwise op still costs of its pass: by what each runtime is known to fuse
-    "eager": {}, "onnxruntime": {"strided": False}, "inductor": {"chained": 0.0, "into_row": 0.0},
-    "openvino": {"chained": 0.0, "epilogue": 0.0, "strided": False},
+    "eager": {}, "onnxruntime": {"filtered": 0.0, "strided": False}, "inductor": {"chained": 0.0, "into_row": 0.0, "filtered": 0.5},
+    "openvino": {"chained": 0.0, "epilogue": 0.0, "filtered": 0.0, "beside_attention": 0.0, "strided": False},
 }  # fmt: skip
 KINDS = ("elementwise", "row", "reduce", "gather", "copy")
-FREE = 1e30
 
 
 def analytic(device: Device) -> Calibration:
