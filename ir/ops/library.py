@@ -3,6 +3,8 @@
 They are composite: every one is defined by torch ops, so export, autograd, fake tensors and torch.compile see through it.
 """
 
+from typing import Any
+
 import torch
 
-LIBRARY = torch.library.Library("paretorch", "DEF")
+LIBRARY: Any = torch.library.Library("paretorch", "DEF")

@@ -123,7 +123,8 @@ for _function in (match_tokens, merge_tokens, source_map, log_size, weigh_tokens
 def match_flops(node: Node) -> Any:
     """The cosines: 2 * D for each of about (T - p)^2 / 4 pairs."""
     batch, tokens, width = operands(node)[0].shape
-    free = tokens - node.args[3]
+    protected: Any = node.args[3]
+    free: Any = tokens - protected
     return 2 * batch * (free - free // 2) * (free // 2) * width
 
 

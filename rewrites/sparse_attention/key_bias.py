@@ -30,7 +30,8 @@ def key_bias_of(b: Builder, node: Node) -> Node | None:
     Emits through b. The mask must be one value per key.
     """
     given = arguments(node)
-    mask, bias = given["mask"], given["key_bias"]
+    bias: Node | None = given["key_bias"]
+    mask: Node | None = given["mask"]
     if mask is None:
         return bias
     flat = per_key(b, mask, shape_of(given["key"])[-2])

@@ -107,17 +107,17 @@ class Carrier:
         if is_op(x, "weigh_tokens"):
             x.args = (x.args[0], size, *x.args[2:])  # type: ignore[union-attr]
             return
-        b = Builder(self.graph, node, origin=self.b.origin, rule=self.b.rule, site=self.b.site)
         # Its length is not right before the lengths are derived again, so its type is that of what it weighs.
         with self.graph.fx.inserting_before(node):
             target, args = torch.ops.paretorch.weigh_tokens.default, (x, size, layout.token, list(layout.batch), is_op(node, "mean"))
             weighed = self.graph.fx.call_function(target, args)
-        weighed.meta["val"] = x.meta["val"]  # type: ignore[union-attr]
-        b._stamp(weighed)
+        stamp = {"origin": self.b.origin, "rule": self.b.rule, "site": self.b.site}
+        weighed.meta.update(val=x.meta["val"], **stamp)  # type: ignore[union-attr]
         node.replace_input_with(x, weighed)  # type: ignore[arg-type]
 
     def _runs_over(self, node: Node, token: int) -> bool:
-        dims, rank = arguments(node).get("dim"), len(self.axes.maps[node.args[0].name])  # type: ignore[union-attr]
+        given = arguments(node)
+        dims, rank = given.get("dim"), len(shape_of(given["self"]))
         if dims is None or dims == []:
             return True
         return token in [dim % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]

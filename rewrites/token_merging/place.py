@@ -248,7 +248,8 @@ def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node,
 
 
 def _refused_pool(graph: Graph, axes: AxisFacts, axis: TokenAxis, node: Node, batch: tuple[Atom, ...]) -> str | None:
-    if is_op(node, "amax", "amin") or is_op(node.args[0], "weigh_tokens"):
+    largest = is_op(node, "amax", "amin") or (is_op(node, "max_dim") and all(user.args[1] == 0 for user in node.users))
+    if largest or is_op(node.args[0], "weigh_tokens"):
         return None
     if not is_op(node, "mean", "sum"):
         return f"{named(node)} is {node.target}, which has no form that is weighted by size"

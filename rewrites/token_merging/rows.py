@@ -20,7 +20,7 @@ def rows_of(b: Builder, value: Node, layout: Layout) -> Node:
         return moved
     width = 1
     for dim in rest:
-        width *= shape[dim]  # type: ignore[assignment]
+        width *= shape[dim]
     return b.call(aten("reshape.default"), (moved, [-1, shape[layout.token], width]))
 
 
