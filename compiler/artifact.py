@@ -31,7 +31,6 @@ from paretorch.ir.text import print_graph
 from paretorch.ledger import Entry
 from paretorch.plan import Plan
 from paretorch.report import Report, Timing
-from paretorch.signature import Signature
 
 if TYPE_CHECKING:
     from paretorch.optimized import Optimized
@@ -73,7 +72,7 @@ def save(result: Optimized, path: Path) -> None:
         "graph.txt": print_graph(contender.graph).encode(),
         "weights.safetensors": save_tensors({name: t.contiguous().clone() for name, t in contender.graph.constants.items()}),
         "example.safetensors": save_tensors(example),
-        "signature.json": result.program.signature.to_json().encode(),
+        "signature.json": result.program.signature_json().encode(),
     }
     manifest = {
         "format": FORMAT,
@@ -97,7 +96,7 @@ def load(path: str | Path) -> Optimized:
     graph = parse_graph(members["graph.txt"].decode(), load_tensors(members["weights.safetensors"]))
     example = load_tensors(members["example.safetensors"])
     inputs = tuple(example[f"input_{i}"] for i in range(len(example)))
-    program = Program(graph, inputs, Signature.from_json(members["signature.json"].decode()), None)
+    program = Program.from_signature(members["signature.json"].decode(), graph, inputs)
     runtime = RUNTIMES[manifest["runtime"]]
     refusal = runtime.refuses(graph)
     if refusal is not None:

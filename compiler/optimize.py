@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from paretorch.budget import Budget
-from paretorch.capture import capture
+from paretorch.capture import Call, as_call, capture
+from paretorch.contest import disagreement
 from paretorch.cost_model.devices import Target
 from paretorch.exact import apply_exact
+from paretorch.ir.errors import CaptureError
+from paretorch.islands import optimize_islands
 from paretorch.ir.analyze import analyze
 from paretorch.optimized import Optimized
 from paretorch.rewrites import RULES, rules_named
@@ -54,8 +57,14 @@ def optimize(
     chosen = choose_rules(rules, without)
     budget = budget or Budget()
     stages = Stages(progress_callback(progress), time_limit)
-    with stages("capture"):
-        program = capture(model, example_inputs, dynamic_shapes)
+    try:
+        with stages("capture"):
+            program = capture(model, example_inputs, dynamic_shapes)
+            problem = disagreement(program.run_original(*program.example), program.graph.run(*program.example))
+            if problem is not None:
+                raise CaptureError(f"what torch captured is not the model's function, even on example_inputs: {problem}")
+    except CaptureError as error:
+        return _in_parts(model, example_inputs, str(error), target=target, rules=rules, without=without, seed=seed)
     with stages("normalize"):
         graph = normalize(program.graph)
     session = open_session(program, graph, target, budget, data, stages, chosen, seed, executor)
@@ -72,6 +81,17 @@ def optimize(
     session.measure_reduced(candidates)
     session.search(candidates)
     return settle(session, session.exact_result)
+
+
+def _in_parts(model: Any, example_inputs: Any, why: str, **options: Any) -> Optimized:
+    """The submodules that can be captured, each optimized exactly. Raises CaptureError if there is none."""
+    args, kwargs = as_call(example_inputs)
+
+    def each(part: nn.Module, call: Call) -> Optimized:
+        capture(part, call)  # raises here what `optimize` would take apart further
+        return optimize(part, call, **options)
+
+    return optimize_islands(model, args, kwargs, why, each)
 
 
 def choose_rules(rules: Sequence[str] | None, without: Sequence[str]) -> tuple[Rule, ...]:

@@ -236,7 +236,9 @@ def open_session(
         with stages("data"):
             judge = Judge(program, budget, prepare(program, data, budget, seed), program.callable_with)
     with stages("calibrate"):
-        prices = Prices(calibrate(runtimes) if target.is_here else analytic(target.device), target.device)
+        calibration = calibrate(runtimes) if target.is_here else analytic(target.device)
+        usable = {name: runtime for name, runtime in runtimes.items() if (name, "f32") in calibration.rates}
+    notes = [f"{name} was left out: none of its calibration probes ran" for name in runtimes if name not in usable]
     return Session(
         program=program,
         normalized=graph,
@@ -244,9 +246,10 @@ def open_session(
         budget=budget,
         stages=stages,
         rules=rules,
-        prices=prices,
-        lowering=Lowering(runtimes, program.example),
+        prices=Prices(calibration, target.device),
+        lowering=Lowering(usable, program.example),
         judge=judge,
         seed=seed,
         executor=executor,
+        notes=notes,
     )
