@@ -34,7 +34,8 @@ def paretorch(module: fx.GraphModule, example_inputs: Sequence[Any], **options: 
             rewritten = rewrite(module, example_inputs)
         except ParetorchError as error:
             _note(str(error))
-    return compile_fx(rewritten, list(example_inputs))  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(rewritten, list(example_inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def rewrite(module: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:

@@ -12,7 +12,8 @@ from paretorch.ir.errors import BudgetError
 def top1(outputs: Any, labels: Any) -> Tensor:
     """1 where the largest entry of the last axis is the label, else 0. outputs: logits T[B, classes], or a structure that has them first."""
     logits = _first_tensor(outputs)
-    return (logits.argmax(-1) == labels.to(logits.device)).double()
+    right: Tensor = logits.argmax(-1) == labels.to(logits.device)
+    return right.double()
 
 
 def _first_tensor(outputs: Any) -> Tensor:

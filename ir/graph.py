@@ -67,7 +67,8 @@ class Graph:
 
     @property
     def output_node(self) -> Node:
-        return next(iter(reversed(self.fx.nodes)))
+        last: Node = next(iter(reversed(self.fx.nodes)))
+        return last
 
     @property
     def outputs(self) -> list[Any]:
@@ -103,7 +104,8 @@ class Graph:
     @torch.no_grad()
     def run(self, *inputs: Tensor) -> tuple[Any, ...]:
         """Run as plain torch. inputs: one tensor per graph input, flat."""
-        return self.module()(*inputs)
+        results: tuple[Any, ...] = self.module()(*inputs)
+        return results
 
     # editing: only on a copy that nobody else holds
 
@@ -132,7 +134,7 @@ class Graph:
         while unique in self.constants and self.constants[unique] is not tensor:
             n += 1
             unique = f"{name}_{n}"
-        self.constants[unique] = tensor.detach()
+        self.constants[unique] = tensor.detach() if tensor.requires_grad else tensor  # the same object, so that it is found shared again
         place = before or next((node for node in self.fx.nodes if node.op != "placeholder"), None)
         with self.fx.inserting_before(place) if place else _nothing():
             node = self.fx.create_node("get_attr", unique)
@@ -231,7 +233,8 @@ def shape_of(node: Node) -> tuple[Any, ...]:
 
 
 def origin_of(node: Node) -> Origin:
-    return node.meta.get("origin", Origin())
+    origin: Origin = node.meta.get("origin", Origin())
+    return origin
 
 
 def arguments(node: Node) -> dict[str, Any]:

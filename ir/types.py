@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
 from paretorch.ir.errors import ShapeError
 
-Size = int | sympy.Expr
+Size: TypeAlias = Any  # int, or sympy.Expr where it is symbolic
 
 DTYPES: dict[str, torch.dtype] = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16,
@@ -122,7 +122,7 @@ def parse_type(text: str) -> Type:
     found = _TENSOR.match(text)
     if not found or found[1] not in DTYPES:
         raise ShapeError(f"cannot read the type {text!r}; expected for example f32[4,64], with a dtype of {', '.join(DTYPES)}")
-    return TensorType(found[1], tuple(_parse_size(size) for size in found[2].split(",") if size))
+    return TensorType(found[1], tuple(_parse_size(size) for size in split_top_level(found[2])))
 
 
 def _parse_size(text: str) -> Size:

@@ -21,7 +21,8 @@ class Block(nn.Module):
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, tokens, width)
         x = x + self.project(mixed)
-        return x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))
+        grown: Tensor = self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))
+        return x + grown
 
 
 class FashionViT(nn.Module):
@@ -48,4 +49,5 @@ class FashionViT(nn.Module):
         x = torch.cat([token, patches], 1)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x)[:, 0])
+        logits: Tensor = self.head(self.norm(x)[:, 0])
+        return logits

@@ -71,7 +71,7 @@ def _refuses(graph: Graph, attention: Node, value: Node, project: Node) -> str |
 def _sees_itself(attention: Node, bound: dict[str, Any]) -> bool:
     """Self-attention aligned at the start: the key at the query's own place is in the band."""
     queries, keys = shape_of(attention.args[0])[2], shape_of(attention.args[1])[2]  # type: ignore[arg-type]
-    return bound["offset"] == 0 and queries == keys
+    return bool(bound["offset"] == 0 and queries == keys)
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:

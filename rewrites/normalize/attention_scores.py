@@ -152,7 +152,7 @@ class Walk:
         found: list[Scores] = []
         failures: list[Unraised] = []
         for scores, sign, other, weight in ways:
-            if not is_tensor(scores) or shape_of(scores) != shape_of(node):
+            if not isinstance(scores, Node) or not is_tensor(scores) or shape_of(scores) != shape_of(node):
                 continue
             try:
                 onward = self._with_added(node, other, float(weight), dims, chain)

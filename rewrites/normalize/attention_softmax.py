@@ -150,7 +150,8 @@ def follow(softmax: Softmax, known: Known) -> Weights:
     """Walk from the softmax to the one product that uses it. Raises Unraised with the reason if there is none."""
     dims = fresh(softmax.node)
     score_dims, keys = list(dims), dims[softmax.dim]
-    inner, zeroed = list(softmax.inner), []
+    inner = list(softmax.inner)
+    zeroed: list[Any] = []
     node = softmax.node
     while True:
         users = list(node.users)

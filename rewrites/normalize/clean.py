@@ -60,7 +60,7 @@ def _keeps(node: Node, source: Node) -> bool:
     if not _same_type(node, source):
         return False
     if is_op(node, "to"):
-        return node.meta["val"].device == source.meta["val"].device
+        return bool(node.meta["val"].device == source.meta["val"].device)
     if is_op(node, "permute"):
         dims = arguments(node)["dims"]
         return [d % len(dims) for d in dims] == list(range(len(dims)))

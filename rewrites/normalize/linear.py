@@ -48,7 +48,8 @@ def _around_linear(graph: Graph, node: Node) -> None:
     if not is_op(inner, "linear") or len(inner.users) != 1 or not is_op(inner.args[0], "view"):
         return
     x = inner.args[0].args[0]
-    before, after = tensor_type(x).shape, tensor_type(node).shape
+    before: tuple[Any, ...] = tensor_type(x).shape
+    after: tuple[Any, ...] = tensor_type(node).shape
     if len(before) == len(after) and before[:-1] == after[:-1] and before[-1] == tensor_type(inner.args[0]).shape[-1]:
         made = Builder(graph, node, origin=origin_of(inner)).linear(x, *inner.args[1:])
         if tensor_type(made) == tensor_type(node):

@@ -219,6 +219,9 @@ def compared(known: Known, node: Node, dims: Dims, *, negated: bool) -> Strip | 
         name = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}.get(name, "")
     if name not in ("lt", "le", "gt", "ge"):
         return None
+    window = _window(known, node, dims, name)
+    if window is not None:
+        return window
     parts = [affine(known, operand, _operand_dims(operand, node, dims)) for operand in node.args[:2]]
     if parts[0] is None or parts[1] is None:
         return None
@@ -227,6 +230,20 @@ def compared(known: Known, node: Node, dims: Dims, *, negated: bool) -> Strip | 
     if name in ("lt", "gt"):
         difference = Affine(difference.weights, _plain(difference.constant - 1))
     return _strip(difference)
+
+
+def _window(known: Known, node: Node, dims: Dims, name: str) -> Strip | None:
+    """|column - row| <= width, either way round."""
+    inner, width = node.args[:2] if name in ("lt", "le") else node.args[1::-1]
+    bound = affine(known, width, _operand_dims(width, node, dims))
+    if spelled(inner) != "abs" or bound is None or bound.weights or not isinstance(bound.constant, int):
+        return None
+    distance = affine(known, inner.args[0], _operand_dims(inner, node, dims))  # type: ignore[union-attr]
+    strip = _strip(distance) if distance is not None else None
+    if not isinstance(strip, Strip) or strip.low is None:
+        return None
+    most = bound.constant - (1 if name in ("lt", "gt") else 0)
+    return Strip(strip.plus, strip.minus, strip.low - most, strip.low + most)
 
 
 def _strip(difference: Affine) -> Strip | bool | None:

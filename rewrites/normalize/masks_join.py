@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from paretorch.rewrites.normalize.attention_scores import Added, Item
 from paretorch.rewrites.normalize.attention_softmax import Unraised
@@ -114,7 +115,7 @@ class Joiner:
 
     def _is_harmless(self, bias: Bias) -> bool:
         tensor = bias.source if isinstance(bias.source, Tensor) else self.known.tensor(bias.source)
-        return is_harmless(bias, tensor)
+        return is_harmless(bias, tensor) or (isinstance(bias.source, Node) and self.terms.is_content(bias.source))
 
     def _every_row_keeps_a_key(self, pieces: list[Piece], frame: Frame) -> bool:
         parts: list[Part] = []
@@ -153,7 +154,7 @@ class Joiner:
             elif piece.value == -math.inf:
                 added = [Chosen(piece.parts, [*added], -math.inf)]
             else:
-                added = [Chosen(piece.parts, [*added], self._filled_value(piece, later, lowest))]
+                added = [Chosen(piece.parts, [*added], self._filled_value(piece, pieces[:place], later, lowest))]
         return hard, added
 
     def _smallest(self, piece: Hide) -> Bias | Chosen:
@@ -164,13 +165,14 @@ class Joiner:
         after = {axis for part in piece.parts for axis in flat(dims_of(part)) if axis.size != 1}
         return Chosen(piece.parts, [], piece.value) if not piece.rest and after < before else whole
 
-    def _filled_value(self, piece: Hide, later: list[Piece], lowest: float) -> float:
+    def _filled_value(self, piece: Hide, earlier: list[Piece], later: list[Piece], lowest: float) -> float:
         """The value to add where scores were filled, such that a row without keys averages as it did."""
         if piece.value * torch.finfo(torch.float64).eps <= -1e6:
-            return max(piece.value, lowest)  # any score is absorbed, whatever is added later
-        if any(isinstance(other, Bias) or other.rest or not _agrees(other, piece) for other in later):
+            return max(piece.value, lowest)  # any score is absorbed, so that these entries are what they were
+        alone = all(not isinstance(other, Bias) and not other.rest and _agrees(other, piece) for other in later)
+        if not alone or not all(self._is_harmless(other) if isinstance(other, Bias) else _agrees(other, piece) for other in earlier):
             raise Unraised(
-                f"scores are filled with {piece.value:g}, then another mask follows; a row in which nothing is seen would change"
+                f"scores are filled with {piece.value:g} and another mask hides keys too; a row in which nothing is seen would change"
             )
         return lowest
 
@@ -204,8 +206,8 @@ class Joiner:
         return band_between(low, high, length(leaves(frame.keys)) - length(leaves(frame.queries))), rest
 
 
-def _agrees(later: Hide, earlier: Hide) -> bool:
-    return later.value == -math.inf or (later.fill and later.value == earlier.value)
+def _agrees(other: Hide, filled: Hide) -> bool:
+    return other.value == -math.inf or (other.fill and other.value == filled.value)
 
 
 def _conditions(parts: list[Part]) -> list[Given]:

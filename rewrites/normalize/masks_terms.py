@@ -94,6 +94,27 @@ class Terms:
         rest = [Bias(kept, dims)] if bool((kept != 0).any()) else []
         return [Hide([Fixed(~hidden, dims)], float(lost.max()), False, rest, Bias(scaled, dims))]
 
+    def is_content(self, node: Node) -> bool:
+        """Whether this is made by products or tables without large numbers, like scores themselves: position biases, not masks."""
+        seen: set[Node] = set()
+        front = [node]
+        while front:
+            here = front.pop()
+            name = spelled(here) or getattr(here.target, "__name__", "")
+            numbers = [argument for argument in here.args if isinstance(argument, float)]
+            if here in seen or name in _MAKES:
+                continue
+            constant = self.known.tensor(here)
+            if constant is not None:
+                if not is_harmless(Bias(here, [], 1.0), constant):
+                    return False
+                continue
+            if name not in _PASSES or any(abs(number) >= -HIDDEN for number in numbers):
+                return False
+            seen.add(here)
+            front += [argument for argument in here.all_input_nodes if is_float(argument)]
+        return True
+
     def _hide(self, node: Node, dims: Dims, factor: float) -> Hide | None:
         name, given = spelled(node), node.args
         if name == "masked_fill":
@@ -126,9 +147,36 @@ class Terms:
         return Hide(parts, lost, False, rest, Bias(node, dims, factor))
 
 
+_PASSES = (
+    "add", "sub", "mul", "div", "neg", "slice", "select", "cat", "constant_pad_nd", "pad", "gather", "index", "index_select", "tanh", "relu",
+    "sigmoid", "gelu", "silu", "sum", "mean", "expand", "repeat", "split", "split_with_sizes", "chunk", "unbind", "getitem", "permute", "transpose",
+    "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "clone", "alias", "detach", "_to_copy", "to", "flatten", "unflatten", "roll", "flip",
+)  # fmt: skip
+_MAKES = (
+    "linear",
+    "matmul",
+    "bmm",
+    "mm",
+    "baddbmm",
+    "addmm",
+    "einsum",
+    "embedding",
+    "layer_norm",
+    "rms_norm",
+    "convolution",
+    "conv1d",
+    "conv2d",
+)
+
+
 def is_harmless(bias: Bias, tensor: Tensor | None) -> bool:
     """Whether a bias is a known constant that hides no key."""
     if tensor is None:
         return False
     scaled = tensor.double() * bias.factor
     return bool(torch.isfinite(scaled).all()) and bool((scaled > HIDDEN).all())
+
+
+def is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return not hasattr(value, "dtype") or value.dtype.is_floating_point

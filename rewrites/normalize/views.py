@@ -36,7 +36,8 @@ def order_of(node: Node) -> list[int]:
 
 
 def _permute(graph: Graph, node: Node) -> None:
-    order, source = order_of(node), node.args[0]
+    order = order_of(node)
+    source: Any = node.args[0]
     while isinstance(source, Node) and is_op(source, "transpose", "permute"):
         inner = order_of(source)
         order, source = [inner[d] for d in order], source.args[0]
@@ -61,7 +62,7 @@ def _view(graph: Graph, node: Node) -> None:
         return
     if is_op(node, "squeeze", "unsqueeze") and not is_op(node.args[0], "view"):
         return
-    if node.target is aten("reshape.default") and node.args[0] is source and list(node.args[1]) == sizes:
+    if node.target is aten("reshape.default") and node.args[0] is source and list(arguments(node)["shape"]) == sizes:
         return
     made = Builder(graph, node, origin=origin_of(node)).call(aten("reshape.default"), (source, sizes))
     if tensor_type(made) == tensor_type(node):
