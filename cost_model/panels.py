@@ -97,7 +97,8 @@ def _compile(
         examples = tuple(probe.input(rows or 2 + i, given, place) for i, probe in enumerate(probes))
         try:
             execute = runtime.compile(graph, examples)
-            idle = _idle(probes, execute, given, place)
+            idle = tuple(probe.input(TINY_ROWS if probe in DISPATCH else probe.idle_rows, given, place) for probe in probes)
+            execute(*idle)
         except Exception as error:  # runtimes raise many kinds; the calibration says which dtype has no rates of its own, and why
             key = f"{name} {dtype}" + (f" {probes[0].name}" if len(probes) == 1 else "")
             problems[key] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
@@ -105,24 +106,3 @@ def _compile(
         problems.pop(f"{name} {dtype}", None)
         return Panel(name, dtype, probes, len(graph.calls), execute, idle, widen, place)
     return None
-
-
-def _idle(probes: tuple[Probe, ...], execute: Executable, dtype: str, place: str) -> tuple[Tensor, ...]:
-    """The smallest inputs that the panel takes: zero rows for each probe, one where a runtime has an op that refuses empty tensors."""
-    inputs = [probe.input(1, dtype, place) for probe in probes]
-    empty = [probe.input(0, dtype, place) for probe in probes]
-    if _runs(execute, empty):
-        return tuple(empty)
-    execute(*inputs)
-    for index in range(len(probes)):
-        trial = [*inputs[:index], empty[index], *inputs[index + 1 :]]
-        inputs = trial if _runs(execute, trial) else inputs
-    return tuple(inputs)
-
-
-def _runs(execute: Executable, inputs: list[Tensor]) -> bool:
-    try:
-        execute(*inputs)
-    except Exception:  # each runtime has kinds of its own; that one row works is asked next
-        return False
-    return True

@@ -1,7 +1,7 @@
 """Probes: the small graphs that calibration times, each a chain of one op, over rows that are chosen when it is run.
 
 Every probe takes one input of which one axis is symbolic, so that one compiled graph holds many probes, of which those that are not being
-measured get zero rows (or one, where a runtime takes no empty tensor) and cost next to nothing.
+measured get no rows and cost next to nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Probe:
     """curve: the price curve that its points belong to; body: (builder, x, dtype) -> y, a chain of `repeats` equal ops and maybe some views.
 
     shape: of the input without the axis that varies, which is put in at place `axis`; rows: its sizes to measure; integers: the input
-    holds indices below this.
+    holds indices below this. idle_rows: with which it does next to nothing, one for attention, of which some runtimes take no empty tensors.
     serves: further op names and kinds that its curve prices. is_executed_view: a view that ONNX runtimes execute as a copy.
     narrowed: only the first column of the result is returned, so that handing out results, which a runtime may copy, is not measured with the op.
     half: whether it is measured at half precision too. quick: whether the quick form measures it.
@@ -42,6 +42,7 @@ class Probe:
     rows: tuple[int, ...]
     repeats: int = 1
     axis: int = 0
+    idle_rows: int = 0
     integers: int = 0
     serves: tuple[str, ...] = ()
     is_executed_view: bool = False
@@ -213,12 +214,12 @@ LINEAR = tuple(
     )
 )  # fmt: skip
 ATTENTION = (
-    Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2),
-    Probe("attention4", "attention", attentions(), (BATCH, HEADS, 64), (32, 128, 256), axis=2),
-    Probe("packed4", "packed", packed_attention, (BATCH, 3 * HEADS * 64), (TOKENS,), axis=1, half=False),
-    Probe("causal1", "attention.causal", attentions(True), (1, HEADS, 64), (512,), axis=2),
-    Probe("causal4", "attention.causal", attentions(True), (BATCH, HEADS, 64), (TOKENS,), axis=2),
-    Probe("attention_long", "attention", attentions(), (1, HEADS, 64), (2048,), axis=2, quick=False),
+    Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2, idle_rows=1),
+    Probe("attention4", "attention", attentions(), (BATCH, HEADS, 64), (32, 128, 256), axis=2, idle_rows=1),
+    Probe("packed4", "packed", packed_attention, (BATCH, 3 * HEADS * 64), (TOKENS,), axis=1, idle_rows=1, half=False),
+    Probe("causal1", "attention.causal", attentions(True), (1, HEADS, 64), (512,), axis=2, idle_rows=1),
+    Probe("causal4", "attention.causal", attentions(True), (BATCH, HEADS, 64), (TOKENS,), axis=2, idle_rows=1),
+    Probe("attention_long", "attention", attentions(), (1, HEADS, 64), (2048,), axis=2, idle_rows=1, quick=False),
 )
 CONVOLUTION = tuple(
     Probe(f"{curve}{channels}", curve, convolutions(channels, taps, channels if depthwise else 1, count), (channels, side, side), rows, count)
