@@ -11,6 +11,7 @@ sorted by name; symbolic sizes are renamed s0, s1, … by first use. `paretorch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
 import re
 from typing import Any
@@ -23,14 +24,27 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from paretorch.ir.graph import Graph, type_of
 from paretorch.ir.ops import op_of
-from paretorch.ir.types import DTYPE_NAMES
+from paretorch.ir.types import DTYPE_NAMES, TensorType, TupleType, Type, size_of
 
+_RESERVED = re.compile(r"inf|nan|None|True|False|Max|Min|Mod|s\d+|[\d.]+e?\d*j?|.*\.|" + "|".join(DTYPE_NAMES.values()))
 _HASHES: Any = WeakTensorKeyDictionary()  # by identity: tensors have no truth value to compare by
 
 
 def print_graph(graph: Graph, *, hashes: bool = True) -> str:
     """The text. hashes: end const lines with the first 12 hex digits of the tensor's sha256."""
     return "\n".join(_Printer(graph).lines(hashes)) + "\n"
+
+
+def print_plain(graph: Graph) -> str:
+    """The text without any name that the user or capture chose: equal for graphs of equal structure."""
+    head, _, body = "\n".join(_Printer(graph, plain=True).lines(hashes=False)).partition("\n")
+    return f"({head.split('(', 1)[1]}\n{body}\n"
+
+
+def constants_in_order(graph: Graph) -> list[str]:
+    """The names of the constants in the order in which calls take them."""
+    named = {name: str(node.target) for node, name in _plain_names(graph).items() if node.op == "get_attr"}
+    return [named[name] for name in sorted(named)]
 
 
 def print_node(graph: Graph, node: Node) -> str:
@@ -50,54 +64,59 @@ def tensor_hash(tensor: Tensor) -> str:
     return found
 
 
+class SymbolNames:
+    """Symbolic sizes renamed s0, s1, … by first use."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+
+    def size(self, size: Any) -> Any:
+        """An int as it is; an expression with renamed symbols."""
+        if isinstance(size, int):
+            return size
+        for symbol in sorted(size.free_symbols, key=str):
+            if symbol not in self.known:
+                self.known[symbol] = sympy.Symbol(f"s{len(self.known)}", integer=True, positive=symbol.is_positive)
+        return size.xreplace(self.known)
+
+    def type(self, type_: Type) -> str:
+        """The type's text."""
+        if isinstance(type_, TupleType):
+            return f"({', '.join(self.type(item) for item in type_.items)})"
+        if isinstance(type_, TensorType) and not type_.is_static:
+            return str(TensorType(type_.dtype, tuple(self.size(size) for size in type_.shape)))
+        return str(type_)
+
+
 class _Printer:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, plain: bool = False) -> None:
+        """plain: constants and inputs are named by number as well."""
         self.graph = graph
-        self.names: dict[Node, str] = {}
-        self.symbols: dict[str, str] = {}
-        number = 0
-        for node in graph.nodes:
-            if node.op in ("placeholder", "get_attr"):
-                self.names[node] = str(node.target)
-            elif node.op == "call_function":
-                self.names[node] = f"v{number}"
-                number += 1
+        self.symbols = SymbolNames()
+        self.names = _plain_names(graph) if plain else _names(graph)
 
     def lines(self, hashes: bool) -> list[str]:
         inputs = ", ".join(f"{self.names[node]}: {self.type(node)}" for node in self.graph.inputs)
         outputs = ", ".join(self.value(value) for value in self.graph.outputs)
         head = f"graph {self.graph.name}({inputs}) -> {outputs}"
-        constants, body, seen = [], [], set()
         order = {node: place for place, node in enumerate(self.graph.nodes)}
+        constants: dict[str, tuple[int, str, str]] = {}
         for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target not in seen:
-                seen.add(node.target)
+            if node.op == "get_attr":
+                name = self.names[node]
                 mark = f" # {tensor_hash(self.graph.constants[str(node.target)])[:12]}" if hashes else ""
-                users = [order[user] for user in node.users]
-                constants.append((min(users, default=0), str(node.target), f"const {node.target} : {self.type(node)}{mark}"))
-            elif node.op == "call_function":
-                body.append(self.line(node))
-        return [head, *(line for *_, line in sorted(constants)), *body]
+                known = [constants[name][0]] if name in constants else []
+                alias = "" if name == node.target else f" = {str(node.target)!r}"
+                first = min([*known, *(order[user] for user in node.users)], default=0)
+                constants[name] = (first, name, f"const {name}{alias} : {self.type(node)}{mark}")
+        body = [self.line(node) for node in self.graph.calls]
+        return [head, *(line for *_, line in sorted(constants.values())), *body]
 
     def line(self, node: Node) -> str:
         return f"{self.names[node]} = {op_name(node)}({', '.join(self.arguments(node))}) : {self.type(node)}"
 
     def type(self, node: Node) -> str:
-        return self.rename(str(type_of(node)))
-
-    def rename(self, text: str) -> str:
-        """Symbols by first use."""
-        return re.sub(r"\b[a-z]+\d+\b(?=[^\[]|$)", self._symbol, text) if self._has_symbols(text) else text
-
-    def _has_symbols(self, text: str) -> bool:
-        inner = re.search(r"\[(.*)\]", text)
-        return inner is not None and re.search(r"[a-z]", inner[1]) is not None
-
-    def _symbol(self, match: re.Match[str]) -> str:
-        name = match[0]
-        if name in DTYPE_NAMES.values():
-            return name
-        return self.symbols.setdefault(name, f"s{len(self.symbols)}")
+        return self.symbols.type(type_of(node))
 
     def arguments(self, node: Node) -> list[str]:
         schema = getattr(node.target, "_schema", None)
@@ -107,7 +126,9 @@ class _Printer:
         for i, parameter in enumerate(schema.arguments):
             given = i < len(node.args) or parameter.name in node.kwargs
             value = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
-            if parameter.name in ("device", "layout", "pin_memory") or not given or (value is None and parameter.default_value is None and parameter.has_default_value()):
+            if not given or parameter.name in ("layout", "pin_memory") or (parameter.name == "device" and _is_host(value)):
+                continue
+            if value is None and parameter.default_value is None and parameter.has_default_value():
                 continue
             if _holds_node(value) and len(positional) == i and not parameter.kwarg_only:
                 positional.append(self.value(value))
@@ -117,16 +138,49 @@ class _Printer:
 
     def value(self, value: Any) -> str:
         if isinstance(value, Node):
-            return self.names[value]
+            return self.names.get(value, value.name)
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self.value(item) for item in value)}]"
         if isinstance(value, torch.dtype):
             return DTYPE_NAMES[value]
         if isinstance(value, (torch.SymInt, sympy.Expr)):
-            return self.rename(str(value))
-        if isinstance(value, (torch.device, torch.layout, torch.memory_format, slice)):
+            return str(self.symbols.size(size_of(value) if isinstance(value, torch.SymInt) else value))
+        if isinstance(value, (torch.device, torch.layout, torch.memory_format)):
             return f"'{value}'"
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            return str(value.node.expr)
         return repr(value)
+
+
+def _names(graph: Graph) -> dict[Node, str]:
+    """Constants and inputs by their own names, unless these cannot be read in the text; calls by number."""
+    taken: dict[str, Any] = {}
+
+    def free(name: str, owner: Any) -> str:
+        name = re.sub(r"[^\w.]", "_", name) or "_"
+        while _RESERVED.fullmatch(name) or taken.get(name, owner) != owner:
+            name += "_"
+        taken[name] = owner
+        return name
+
+    names = {node: free(str(node.target), str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+    names |= {node: free(str(node.target), node) for node in graph.inputs}
+    numbers = (f"v{number}" for number in itertools.count())
+    return names | {node: next(name for name in numbers if name not in taken) for node in graph.calls}
+
+
+def _plain_names(graph: Graph) -> dict[Node, str]:
+    """Inputs in their order, constants in the order in which calls take them; calls by number."""
+    names = {node: f"input{i}" for i, node in enumerate(graph.inputs)}
+    constants: dict[str, str] = {}
+    for user in graph.nodes:
+        for node in user.all_input_nodes:
+            if node.op == "get_attr":
+                names[node] = constants.setdefault(str(node.target), f"const{len(constants):06}")
+    for node in graph.nodes:
+        if node.op == "get_attr" and node not in names:
+            names[node] = constants.setdefault(str(node.target), f"const{len(constants):06}")
+    return names | {node: f"v{i}" for i, node in enumerate(graph.calls)}
 
 
 def op_name(node: Node) -> str:
@@ -142,6 +196,10 @@ def op_name(node: Node) -> str:
 
 def _holds_node(value: Any) -> bool:
     return isinstance(value, Node) or (isinstance(value, (list, tuple)) and any(isinstance(item, Node) for item in value))
+
+
+def _is_host(device: Any) -> bool:
+    return device is None or torch.device(device).type in ("cpu", "meta")
 
 
 def _equal(value: Any, default: Any) -> bool:
