@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paretorch.cost_model.measure import race
-from paretorch.ir.errors import ParetorchError
+from paretorch.ir.errors import LoweringError, ParetorchError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Measurement, Runtime
 
@@ -58,7 +58,9 @@ class Lowering:
                 return None
             try:
                 with torch.no_grad():
-                    self._done[key] = (graph, self.runtimes[runtime].compile(graph, self.example))
+                    execute = _guarded(runtime, self.runtimes[runtime].compile(graph, self.example))
+                    execute(*self.example)  # some runtimes refuse an op only when they run it
+                self._done[key] = (graph, execute)
             except ParetorchError as error:  # reported: the runtime is left out, the others go on
                 self.failures[runtime] = str(error)
                 return None
@@ -67,6 +69,19 @@ class Lowering:
     def forget(self, graph: Graph) -> None:
         """Drop what was compiled from this graph."""
         self._done = {key: value for key, value in self._done.items() if value[0] is not graph}
+
+
+def _guarded(runtime: str, execute: Executable) -> Executable:
+    """The same callable; what a runtime raises while running becomes a LoweringError with its first line."""
+
+    def run(*inputs: Tensor) -> tuple[Any, ...]:
+        try:
+            return execute(*inputs)
+        except Exception as error:  # each runtime raises kinds of its own
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+            raise LoweringError(f"{runtime} failed while running: {lines[-1][:200]}") from error
+
+    return run
 
 
 def contenders(lowering: Lowering, variants: dict[str, Graph], predicted: dict[tuple[str, str], float]) -> list[Contender]:

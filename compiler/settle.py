@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from paretorch.contest import Contender, contenders, disagreement, run_race
 from paretorch.cost_model.measure import ratio
 from paretorch.cost_model.quality import Drop, accepts, paired_drop
+from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Measurement
 from paretorch.ledger import Entry
@@ -106,8 +107,12 @@ def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
     with session.stages("measure"):
         measured = run_race(entered, session.program.example, None, session.seed, ANCHOR_ROUNDS)
     best = min(entered, key=lambda c: (measured[c.label].seconds, c.label))
-    with session.stages("held out"):
-        drop = paired_drop(judge.held_out(best.execute), seed=session.seed)
+    try:
+        with session.stages("held out"):
+            drop = paired_drop(judge.held_out(best.execute), seed=session.seed)
+    except LoweringError as error:
+        _note(session, point, "failed", str(error))
+        return None
     refusal = accepts(drop, limit, session.budget.confidence)
     session.evidence[f"held out {'; '.join(map(str, point.choices))}"] = [drop.mean, drop.half_width, drop.n]
     if refusal is not None:
