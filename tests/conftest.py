@@ -1,9 +1,10 @@
-"""Set-up of all tests: triton's interpreter, one thread, and golden files."""
+"""Set-up of all tests: triton's interpreter, two threads, golden files, and the long runs that wait for --slow."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,16 +13,24 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite golden files instead of comparing with them")
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long run; pytest --slow runs it"))
 
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Compares a text with golden/<test file>/<test name>.txt; a missing or different file fails."""
+    """Compares a text with golden/<test file>/<test name>.txt; a missing or different file fails with the difference."""
     name = request.node.name.replace("[", "-").replace("]", "")
     path = GOLDEN / Path(request.node.fspath).stem / f"{name}.txt"
 
@@ -29,7 +38,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
         if request.config.getoption("--update-golden"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        assert path.exists(), f"no golden file {path}; look at the text, then run pytest --update-golden"
-        assert text == path.read_text(), f"the text differs from {path}; if that is meant, run pytest --update-golden and read the diff"
+        there = path.read_text() if path.exists() else ""
+        if text != there:
+            diff = "".join(difflib.unified_diff(there.splitlines(True), text.splitlines(True), str(path), "now"))
+            what = "differs" if path.exists() else "is missing"
+            pytest.fail(f"{path} {what}; if this is meant, run pytest --update-golden and read the diff\n{diff}", pytrace=False)
 
     return check

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from paretorch.rewrites.normalize.attention_scores import Added, Item
 from paretorch.rewrites.normalize.attention_softmax import Unraised
@@ -115,7 +114,7 @@ class Joiner:
 
     def _is_harmless(self, bias: Bias) -> bool:
         tensor = bias.source if isinstance(bias.source, Tensor) else self.known.tensor(bias.source)
-        return is_harmless(bias, tensor) or (isinstance(bias.source, Node) and self.terms.is_content(bias.source))
+        return is_harmless(bias, tensor) or self.terms.is_content(bias)
 
     def _every_row_keeps_a_key(self, pieces: list[Piece], frame: Frame) -> bool:
         parts: list[Part] = []

@@ -7,6 +7,7 @@ unless every row is known to keep a key; that is decided in masks_join.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from paretorch.ir.graph import shape_of
+from paretorch.ir.ops import op_of
+from paretorch.rewrites.normalize.attention_product import product_of
 from paretorch.rewrites.normalize.attention_softmax import is_float_cast
 from paretorch.rewrites.normalize.heads import Dims, aligned, is_tensor, spelled, trace
 from paretorch.rewrites.normalize.masks import Conditions, Fixed, Part, without_repeats
@@ -94,24 +97,24 @@ class Terms:
         rest = [Bias(kept, dims)] if bool((kept != 0).any()) else []
         return [Hide([Fixed(~hidden, dims)], float(lost.max()), False, rest, Bias(scaled, dims))]
 
-    def is_content(self, node: Node) -> bool:
-        """Whether this is made by products or tables without large numbers, like scores themselves: position biases, not masks."""
+    def is_content(self, bias: Bias) -> bool:
+        """Whether this is made by products or tables without large numbers, like scores themselves: a position bias, not a mask."""
         seen: set[Node] = set()
-        front = [node]
+        front = [bias.source]
+        if abs(bias.factor) >= -HIDDEN or not isinstance(bias.source, Node):
+            return False
         while front:
             here = front.pop()
-            name = spelled(here) or getattr(here.target, "__name__", "")
-            numbers = [argument for argument in here.args if isinstance(argument, float)]
-            if here in seen or name in _MAKES:
+            if not isinstance(here, Node) or here in seen or _is_made(here):
                 continue
-            constant = self.known.tensor(here)
-            if constant is not None:
-                if not is_harmless(Bias(here, [], 1.0), constant):
+            seen.add(here)
+            number, constant = self.known.uniform(here), self.known.tensor(here)
+            if number is not None or constant is not None:
+                if (number is not None and number <= HIDDEN) or (constant is not None and not is_harmless(bias, constant)):
                     return False
                 continue
-            if name not in _PASSES or any(abs(number) >= -HIDDEN for number in numbers):
+            if not _passes_on(here) or _has_large_number(here):
                 return False
-            seen.add(here)
             front += [argument for argument in here.all_input_nodes if is_float(argument)]
         return True
 
@@ -147,26 +150,27 @@ class Terms:
         return Hide(parts, lost, False, rest, Bias(node, dims, factor))
 
 
-_PASSES = (
-    "add", "sub", "mul", "div", "neg", "slice", "select", "cat", "constant_pad_nd", "pad", "gather", "index", "index_select", "tanh", "relu",
-    "sigmoid", "gelu", "silu", "sum", "mean", "expand", "repeat", "split", "split_with_sizes", "chunk", "unbind", "getitem", "permute", "transpose",
-    "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "clone", "alias", "detach", "_to_copy", "to", "flatten", "unflatten", "roll", "flip",
-)  # fmt: skip
-_MAKES = (
-    "linear",
-    "matmul",
-    "bmm",
-    "mm",
-    "baddbmm",
-    "addmm",
-    "einsum",
-    "embedding",
-    "layer_norm",
-    "rms_norm",
-    "convolution",
-    "conv1d",
-    "conv2d",
-)
+_BOUNDED = ("add", "sub", "mul", "div", "neg", "tanh", "relu", "sigmoid", "gelu", "silu", "to")  # small numbers stay small
+
+
+def _passes_on(node: Node) -> bool:
+    """Whether large numbers come out of this op only if they go in."""
+    op = op_of(node)
+    return node.target is operator.getitem or (op is not None and (op.kind in ("view", "copy", "gather", "reduce") or op.name in _BOUNDED))
+
+
+def _has_large_number(node: Node) -> bool:
+    op = op_of(node)
+    kinds = (int, float) if op is not None and op.name in _BOUNDED else (float,)
+    return any(isinstance(argument, kinds) and abs(argument) >= -HIDDEN for argument in node.args)  # type: ignore[arg-type]
+
+
+def _is_made(node: Node) -> bool:
+    """Whether this is the result of a product, a norm or a table."""
+    op = op_of(node)
+    return product_of(node) is not None or (
+        op is not None and (op.kind in ("matrix", "convolution") or op.name in ("layer_norm", "rms_norm"))
+    )
 
 
 def is_harmless(bias: Bias, tensor: Tensor | None) -> bool:
