@@ -96,7 +96,9 @@ class OpenVino:
 
 def _requests(compiled: Any, names: list[str], folder: Any) -> Callable[[Sequence[Tensor]], list[Tensor]]:
     """Run a compiled OpenVINO model: a request per thread, inputs read in place, outputs copied out of the request's buffers."""
-    places = [names.index(given.get_any_name()) for given in compiled.inputs]
+    places = [
+        next(i for i, name in enumerate(names) if name in given.get_names()) for given in compiled.inputs
+    ]  # a tensor may have several names
     outputs, mine = [f"output_{i}" for i in range(len(compiled.outputs))], local()
     order = [next(i for i, found in enumerate(compiled.outputs) if name in found.get_names()) for name in outputs]
 

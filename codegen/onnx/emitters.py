@@ -9,11 +9,12 @@ Without anything that hides or biases scores the form is `Attention` from opset 
 Grouped heads become more rows of one product per key head, so keys are never repeated. torch gives zeros where a row sees nothing, Softmax gives
 NaN: such rows are found on the mask, which is smaller than the scores by the number of heads, and only where a mask can hide a whole row.
 
-Measured 2026-11-21, AMD EPYC with AVX-512, one thread, ONNX Runtime 1.31 and OpenVINO, minimum of 15 shuffled rounds, whole blocks (norms, linears, attention):
-at f32[4,197,384] with 6 heads all of {scale on the query, on both, on the scores, FusedMatMul; Split, Slice + Squeeze, Gather of a packed QKV; MatMul + Add, Gemm on two
-dimensions} were within 1.5 % of each other, Attention-23 the same, MultiHeadAttention of com.microsoft 1 % faster; at f32[1,1500,384] Attention-23 was
-4 % faster than the products under ONNX Runtime and level under OpenVINO. So the plain form, and Attention where it says all there is to say.
-torch's own translation takes the square root of the scale, which is NaN for a negative one, and passes masks of one row on to Attention, which ONNX Runtime rejects.
+Measured 2026-11-21, AMD EPYC with AVX-512, one thread, ONNX Runtime 1.31 and OpenVINO, minimum of 15 shuffled rounds, whole blocks of norms,
+linears and attention. At f32[4,197,384] with 6 heads all of {scale on the query, on both, on the scores, FusedMatMul; Split, Slice + Squeeze, Gather
+of a packed QKV; MatMul + Add, Gemm on two dimensions} were within 1.5 % of each other, Attention-23 the same, MultiHeadAttention of com.microsoft 1 %
+faster; at f32[1,1500,384] Attention-23 was 4 % faster than the products under ONNX Runtime and level under OpenVINO. So the plain form, and Attention
+where it says all there is to say. torch's own translation takes the square root of the scale, NaN for a negative one, and passes masks of one row on
+to Attention, which ONNX Runtime rejects.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy
 from paretorch.ir.errors import LoweringError
 
 Emitter = Callable[..., Any]
-BOOL, INT32 = 9, 6  # onnx.TensorProto's numbers
+FLOAT, UINT8, INT8, INT16, INT32, INT64, BOOL = 1, 2, 3, 5, 6, 7, 9  # onnx.TensorProto's numbers
 
 
 def attention(
@@ -38,7 +39,8 @@ def attention(
     """paretorch::attention; see the card of `paretorch.ir.ops.attention`."""
     plainly_causal = left < 0 and right == 0 and offset == 0
     unhidden = left < 0 and right < 0
-    if op.version >= 23 and mask is None and key_bias is None and softcap == 0.0 and (plainly_causal or unhidden):
+    is_plain = mask is None and key_bias is None and softcap == 0.0 and scale > 0.0  # ONNX Runtime's Attention takes no other scale
+    if op.version >= 23 and is_plain and (plainly_causal or unhidden):
         return op.Attention(query, key, value, scale=scale, is_causal=int(plainly_causal))[0]
     form = _Form.of(op, query, key, value)
     scores = form.scores(query, key, scale, softcap)
@@ -66,7 +68,39 @@ def scaled_dot_product_attention(
     return attention(op, query, key, value, attn_mask, scale=scale, right=0 if is_causal else -1)
 
 
-EMITTERS: dict[str, Emitter] = {"attention": attention, "scaled_dot_product_attention": scaled_dot_product_attention}
+def total(op: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: int = -1) -> Any:
+    """aten.sum; dtype: as onnx numbers it. A count of truths is summed in f32 while that is exact.
+
+    OpenVINO 2026.4 loses the count otherwise: of Cast (from bool), ReduceSum, Add it gives the other operand of Add.
+    """
+    dims = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    sizes = [x.shape[d] for d in dims] if dims else list(x.shape)
+    is_exact = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < 2**24
+    truths = _truths(x)
+    if truths is not None and is_exact:
+        found = op.ReduceSum(op.Cast(truths, to=FLOAT), _axes(op, dims), keepdims=int(keepdim))
+        return op.Cast(found, to=dtype if dtype > 0 else INT64)
+    if dtype > 0 or x.dtype.value in (BOOL, INT32, INT16, INT8, UINT8):
+        x = op.Cast(x, to=dtype if dtype > 0 else INT64)
+    return op.ReduceSum(x, _axes(op, dims), keepdims=int(keepdim))
+
+
+def _axes(op: Any, dims: list[int]) -> Any:
+    return op.Constant(value_ints=dims) if dims else None
+
+
+def _truths(x: Any) -> Any:
+    """The bool value that x is, or is an integer cast of (the exporter casts before a sum); None for any other value."""
+    while x.dtype is not None and x.dtype.value in (INT32, INT64) and x.producer() is not None and x.producer().op_type == "Cast":
+        x = x.producer().inputs[0]
+    return x if x.dtype is not None and x.dtype.value == BOOL else None
+
+
+EMITTERS: dict[str, Emitter] = {
+    "attention": attention,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "sum": total,
+}
 
 
 @dataclass(frozen=True)

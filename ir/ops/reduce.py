@@ -22,7 +22,7 @@ _row("rms_norm", "rms_norm.default", "last_axis", per_element(4), "RMSNormalizat
 _row("group_norm", "group_norm.default", "spatial", per_element(7), "GroupNormalization")
 _row("batch_norm", "batch_norm.default _native_batch_norm_legit_no_training.default", "spatial", per_element(4), "BatchNormalization")
 _row("mean", "mean.dim mean.default", "reduce", per_input_element(1), "ReduceMean", "reduce")
-_row("sum", "sum.dim_IntList sum.default", "reduce", per_input_element(1), "ReduceSum", "reduce")
+_row("sum", "sum.dim_IntList sum.default", "reduce", per_input_element(1), "sum", "reduce")
 _row("amax", "amax.default", "reduce", per_input_element(1), "ReduceMax", "reduce")
 _row("amin", "amin.default", "reduce", per_input_element(1), "ReduceMin", "reduce")
 _row("max_dim", "max.dim", "reduce", per_input_element(1), "ReduceMax", "reduce")
