@@ -78,18 +78,20 @@ def test_r_0_is_the_identity() -> None:
     assert rewrite(graph, site, 0) is graph
 
 
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean(1), "class": lambda x: x[:, 0], "sum": lambda x: x.sum(1), "rest": lambda x: x[:, 1:].mean(1),
+    "max": lambda x: x.max(1)[0],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "read", [lambda x: x.mean(1), lambda x: x[:, 0], lambda x: x.sum(1), lambda x: x[:, 1:].mean(1), lambda x: x.max(1)[0]]
+    ("read", "layout"), [*((read, "pre") for read in READS), *(("mean", layout) for layout in ("post", "sandwich", "parallel"))]
 )
-@pytest.mark.parametrize("layout", ["pre", "post", "sandwich", "parallel", "scaled"])
-def test_equal_tokens_merge_exactly(read: Callable[..., Any], layout: str) -> None:
-    model = Plain(read=read, layout=layout).double()
+def test_equal_tokens_merge_exactly(read: str, layout: str) -> None:
+    model = Plain(read=READS[read], layout=layout).double()
     first, pairs = torch.randn(2, 1, 8, dtype=torch.float64), torch.randn(2, 4, 8, dtype=torch.float64)
-    x = torch.cat([first, pairs.repeat_interleave(2, 1)], 1)  # after a protected first token, pairs are dealt to both halves
-    if read(torch.arange(9.0)[None, :, None])[0, 0] != 0:
-        x = torch.cat([x[:, 1:], x[:, :1]], 1)
-    if read(x[:, :2]).shape == read(x).shape and torch.equal(read(x), x[:, 1:].mean(1)):
-        x = torch.cat([first, pairs.repeat_interleave(2, 1)], 1)
+    twice = pairs.repeat_interleave(2, 1)  # alternate dealing puts one of each pair into either half
+    x = torch.cat([first, twice] if read in ("class", "rest") else [twice, first], 1)  # these two protect the first token
     graph = graph_of(model, (x,))
     after = rewrite(graph, offered(graph)[0][0], 4)
     torch.testing.assert_close(after.run(x)[0], graph.run(x)[0], **EXACT)
@@ -186,7 +188,7 @@ def test_the_graph_agrees_with_a_vit_that_merges_by_hand(r: int) -> None:
 # dataflow only
 
 
-@pytest.mark.parametrize(("T", "C", "H", "B"), [(24, 24, 4, 3), (12, 24, 4, 12), (12, 24, 12, 2), (12, 24, 4, 1), (13, 12, 2, 12)])
+@pytest.mark.parametrize(("T", "C", "H", "B"), [(12, 12, 12, 12), (12, 24, 4, 1), (13, 12, 2, 12)])
 def test_equal_lengths_and_other_names_change_nothing(T: int, C: int, H: int, B: int) -> None:
     def twin(scrambled: bool) -> tuple[Graph, Tensor]:
         torch.manual_seed(0)
