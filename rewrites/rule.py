@@ -1,6 +1,7 @@
 """Rules: a name, where it may act, what it puts there, and facts about it.
 
-A local rule gives `pattern`, `legality` and `replacement`; a rule without a local pattern gives `sites` and `rewrite`.
+A local rule gives `pattern`, `legality` and `replacement`, see `paretorch.rewrites.match`; one without a local pattern gives `sites` and `rewrite`.
+Sites of an exact rule read the graph alone and get empty facts, so that no analysis runs for them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Rule:
-    """name: verb_object, or the published name. saves: what shrinks ("flops", "bytes", "launches", "memory")."""
+    """name: verb_object, or the published name. saves: what shrinks ("flops", "bytes", "launches", "memory").
+
+    shares_inner: whether inner values of a local match may have users outside of it; those then stay computed beside the replacement.
+    """
 
     name: str
     family: str
@@ -66,6 +70,7 @@ class Rule:
     replacement: Callable[..., Any] | None = None
     sites: Callable[[Graph, Facts], Iterable[Site | Refusal]] | None = None
     rewrite: Callable[[Graph, Site, Knob], Graph] | None = None
+    shares_inner: bool = False
     reads: frozenset[str] = field(default_factory=frozenset)
     invalidates: frozenset[str] = field(default_factory=frozenset)
 

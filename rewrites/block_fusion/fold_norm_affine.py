@@ -9,16 +9,18 @@ Source: Ashkboos et al. 2024, arXiv:2401.15024, section 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from paretorch.ir.analyze import Facts
 from paretorch.ir.builder import Builder, build
-from paretorch.ir.graph import Graph, arguments, origin_of
+from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import is_op
 from paretorch.ir.types import TensorType
-from paretorch.rewrites.block_fusion.weights import argument, put, wide
+from paretorch.rewrites.block_fusion.weights import argument, derive, held, holders, is_fixed, short, wide
 from paretorch.rewrites.rule import Exact, Knob, Refusal, Rule, Site
 
 NAME = "fold_norm_affine"
@@ -35,14 +37,18 @@ def _refuses(graph: Graph, norm: Node) -> str | None:
     other = next((user for user in norm.users if not is_op(user, "linear") or user.args[0] is not norm), None)
     if other is not None:
         return f"{other.name} reads the norm as well and is no linear"
-    if len(arguments(norm)["normalized_shape"]) != 1:
-        return f"it normalises {len(arguments(norm)['normalized_shape'])} axes; a linear scales only the last"
-    vectors = [value for value in (argument(norm, 2), argument(norm, 3) if is_op(norm, "layer_norm") else None) if value is not None]
-    if any(wide(graph, value) is None for value in vectors):
+    a = arguments(norm)
+    if len(a["normalized_shape"]) != 1:
+        return f"it normalises {len(a['normalized_shape'])} axes; a linear scales only the last"
+    if not is_fixed(graph, a["weight"], a.get("bias")):
         return "its scale or shift is no constant of the graph, so it may change between calls"
     for user in norm.users:
-        if wide(graph, user.args[1]) is None or (argument(user, 2) is not None and wide(graph, user.args[2]) is None):
+        if not is_fixed(graph, argument(user, 1), argument(user, 2)):
             return f"the weight or bias of {user.name} is no constant of the graph"
+        alone = [holder for holder in holders(graph, argument(user, 1)) if not is_op(holder, "linear")]
+        if alone:
+            kind = tensor_type(argument(user, 1))
+            return f"{alone[0].name} shares the weight {kind} of {user.name}; a scaled copy would be kept beside it"
     return None
 
 
@@ -50,22 +56,31 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     graph = graph.copy()
     norm = graph.node(site.name)
     assert norm is not None  # sites said so
-    gain = wide(graph, norm.args[2])
-    shift = wide(graph, argument(norm, 3)) if is_op(norm, "layer_norm") else None
+    a = arguments(norm)
+    gain, shift = wide(graph, a["weight"]), wide(graph, a.get("bias"))
     assert gain is not None  # sites said so
     for linear in list(norm.users):
         b = Builder(graph, linear, origin=origin_of(linear), rule=NAME, site=site.name)
-        weight, held, bias = wide(graph, linear.args[1]), graph.constant(linear.args[1]), wide(graph, argument(linear, 2))
-        assert weight is not None and held is not None  # sites said so  # noqa: PT018
-        offset = bias if shift is None else weight @ shift + (bias if bias is not None else 0.0)
-        name = str(linear.args[1].target).replace(".", "_")  # type: ignore[union-attr]
-        args = [norm, put(b, f"{name}_scaled", weight * gain, held)]
-        args += [put(b, f"{name}_scaled_bias", offset, held)] if offset is not None else []
+        _, weight, bias = arguments(linear).values()
+        sources = held(graph, weight, a["weight"], a.get("bias"), bias)
+        args = [norm, derive(b, f"{short(weight)}_scaled", NAME, sources[:2], partial(_scaled, wide(graph, weight), gain))]
+        if shift is not None or bias is not None:
+            make = partial(_shifted, wide(graph, weight), shift, wide(graph, bias))
+            args.append(derive(b, f"{short(weight)}_shifted_bias", (NAME, shift is None), sources, make))
         graph.replace(linear, b.linear(*args))
-    eps = arguments(norm)["eps"]
-    norm.args = (*norm.args[:2], None, None, eps) if is_op(norm, "layer_norm") else (*norm.args[:2], None, eps)
+    norm.args = (*norm.args[:2], None, None, a["eps"]) if is_op(norm, "layer_norm") else (*norm.args[:2], None, a["eps"])
     norm.kwargs = {}
     return graph.clean()
+
+
+def _scaled(weight: Tensor, gain: Tensor) -> Tensor:
+    return weight * gain
+
+
+def _shifted(weight: Tensor, shift: Tensor | None, bias: Tensor | None) -> Tensor:
+    """At least one of shift and bias is there."""
+    passed = weight @ shift if shift is not None else torch.zeros_like(weight[:, 0])
+    return passed if bias is None else passed + bias
 
 
 def example(batch: int = 2, width: int = 8) -> Graph:

@@ -1,7 +1,6 @@
-"""Fold a constant scale of a linear's output into its weights (LayerScale), and a number on the query into attention's own scale.
+"""Fold a constant scale of a linear's output into its weights (LayerScale).
 
-linear(x, W, b) * g   ->  linear(x, W * g, b * g)          g: a number or a constant of the last axis
-attention(q * c, k, v, scale=s)  ->  attention(q, k, v, scale=s * c)
+linear(x, W, b) * g   ->  linear(x, W * g, b * g)          g: a number or a constant of the last axis; division the same
 
 Exact up to rounding. One pass over the activation less. Source: Touvron et al. 2021, arXiv:2103.17239 (LayerScale).
 """
@@ -16,10 +15,10 @@ from torch.fx import Node
 
 from paretorch.ir.analyze import Facts
 from paretorch.ir.builder import Builder, build
-from paretorch.ir.graph import Graph, origin_of, shape_of, tensor_type
+from paretorch.ir.graph import Graph, arguments, origin_of, shape_of, tensor_type
 from paretorch.ir.ops import is_op
 from paretorch.ir.types import TensorType
-from paretorch.rewrites.block_fusion.weights import argument, only_user, put, wide
+from paretorch.rewrites.block_fusion.weights import argument, derive, held, is_fixed, only_user, short, wide
 from paretorch.rewrites.rule import Exact, Knob, Refusal, Rule, Site
 
 NAME = "fold_scale"
@@ -50,9 +49,9 @@ def _refuses(graph: Graph, node: Node, linear: Node, scale: Any) -> str | None:
         return f"{linear.name} has {len(linear.users)} users; the others need it unscaled"
     vector = wide(graph, scale)
     width = shape_of(linear)[-1]
-    if isinstance(scale, Node) and (vector is None or vector.numel() not in (1, width) or vector.shape[-1:] != (vector.numel(),) * bool(vector.ndim)):
+    if isinstance(scale, Node) and (vector is None or vector.numel() not in (1, width) or vector.shape[-1:] not in ((), (vector.numel(),))):
         return f"the scale is {tensor_type(scale)}; only one factor per output channel of f32[{width}] folds into the weights"
-    if wide(graph, linear.args[1]) is None or (argument(linear, 2) is not None and wide(graph, linear.args[2]) is None):
+    if not is_fixed(graph, argument(linear, 1), argument(linear, 2)):
         return f"the weight or bias of {linear.name} is no constant of the graph, so it may change between calls"
     if tensor_type(node) != tensor_type(linear):
         return f"the product has type {tensor_type(node)}, the linear {tensor_type(linear)}"
@@ -65,15 +64,17 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     assert node is not None  # sites said so
     linear, scale = _parts(graph, node)
     assert linear is not None  # sites said so
-    vector = wide(graph, scale)
+    x, weight_node, bias_node = list(arguments(linear).values())
+    vector, weight, bias = wide(graph, scale), wide(graph, weight_node), wide(graph, bias_node)
     factor = vector.reshape(-1) if vector is not None else torch.tensor([float(scale)], dtype=torch.float64)
     factor = factor.reciprocal() if is_op(node, "div") else factor
-    weight, held, bias = wide(graph, linear.args[1]), graph.constant(linear.args[1]), wide(graph, argument(linear, 2))
-    assert weight is not None and held is not None  # sites said so  # noqa: PT018
+    assert weight is not None  # sites said so
+    what = (NAME, is_op(node, "div"), None if vector is not None else float(scale))
+    sources = held(graph, weight_node, scale)
     b = Builder(graph, node, origin=origin_of(linear), rule=NAME, site=site.name)
-    name = str(linear.args[1].target).replace(".", "_")  # type: ignore[union-attr]
-    args = [linear.args[0], put(b, f"{name}_times", weight * factor[:, None], held)]
-    args += [put(b, f"{name}_times_bias", bias * factor, held)] if bias is not None else []
+    args = [x, derive(b, f"{short(weight_node)}_times", what, sources, lambda: weight * factor[:, None])]
+    if bias is not None:
+        args.append(derive(b, f"{short(bias_node)}_times", what, held(graph, bias_node, scale), lambda: bias * factor))
     graph.replace(node, b.linear(*args))
     return graph.clean()
 

@@ -2,7 +2,7 @@
 
 project(attention(q, k, V + 1 b^T))  ->  project(attention(q, k, V)) + P b,   folded into the projection's bias
 
-Exact over the reals where every query sees a key: without masks that depend on inputs, or with a band that holds the query's own place.
+Exact over the reals where every query sees a key: with no mask, a constant one that leaves each query a key, or a band that holds its own place.
 Heads that share a value (grouped) repeat the bias. Source: Namazifar et al. 2023, arXiv:2302.08626.
 """
 
@@ -19,7 +19,7 @@ from paretorch.ir.builder import Builder, build
 from paretorch.ir.graph import Graph, arguments, origin_of, shape_of
 from paretorch.ir.ops import is_op
 from paretorch.ir.types import TensorType
-from paretorch.rewrites.block_fusion.weights import argument, only_user, put, wide
+from paretorch.rewrites.block_fusion.weights import argument, derive, held, is_fixed, only_user, short, wide
 from paretorch.rewrites.rule import Exact, Knob, Refusal, Rule, Site
 
 NAME = "fold_value_bias"
@@ -58,14 +58,22 @@ def _refuses(graph: Graph, attention: Node, value: Node, project: Node) -> str |
     bound = arguments(attention)
     if only_user(value) is None:
         return f"{value.name} has {len(value.users)} users; the others need its bias"
-    if bound["mask"] is not None or bound["key_bias"] is not None:
+    banded = bound["left"] >= 0 or bound["right"] >= 0
+    if bound["key_bias"] is not None or (bound["mask"] is not None and (banded or not _every_row_sees(graph, bound["mask"]))):
         return "a mask may hide every key of a row, whose weights then sum to zero, not one"
-    if (bound["left"] >= 0 or bound["right"] >= 0) and not _sees_itself(attention, bound):
+    if banded and not _sees_itself(attention, bound):
         return "the band may hide every key of a row, whose weights then sum to zero, not one"
-    known = [graph.constant(node) is not None for node in (value.args[1], value.args[2], project.args[1])]
-    if not all(known) or (argument(project, 2) is not None and graph.constant(project.args[2]) is None):
+    if not is_fixed(graph, argument(value, 1), argument(value, 2), argument(project, 1), argument(project, 2)):
         return "a weight is no constant of the graph, so it may change between calls"
     return None
+
+
+def _every_row_sees(graph: Graph, mask: Node) -> bool:
+    """Whether the mask is a constant that leaves at least one key to every query."""
+    known = graph.constant(mask)
+    if known is None:
+        return False
+    return bool((known if known.dtype == torch.bool else known > float("-inf")).any(-1).all())
 
 
 def _sees_itself(attention: Node, bound: dict[str, Any]) -> bool:
@@ -80,17 +88,18 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     chain = _chain(attention) if attention is not None else None
     assert attention is not None and chain is not None  # sites said so  # noqa: PT018
     value, project = chain
-    bias, weight, held = wide(graph, value.args[2]), wide(graph, project.args[1]), graph.constant(project.args[1])
-    assert bias is not None and weight is not None and held is not None  # sites said so  # noqa: PT018
+    bias, weight, old = wide(graph, argument(value, 2)), wide(graph, argument(project, 1)), wide(graph, argument(project, 2))
+    assert bias is not None and weight is not None  # sites said so  # noqa: PT018
     heads, width = shape_of(attention)[1], shape_of(attention)[3]
     groups = heads // (len(bias) // width)
     passed = bias.view(-1, width).repeat_interleave(groups, 0).reshape(-1)
-    old = wide(graph, argument(project, 2))
     b = Builder(graph, value, origin=origin_of(value), rule=NAME, site=site.name)
-    graph.replace(value, b.linear(value.args[0], value.args[1]))
+    graph.replace(value, b.linear(value.args[0], argument(value, 1)))
     b = Builder(graph, project, origin=origin_of(project), rule=NAME, site=site.name)
-    shift = put(b, f"{project.name}_shifted_bias", weight @ passed + (old if old is not None else 0.0), held)
-    graph.replace(project, b.linear(project.args[0], project.args[1], shift))
+    sources = held(graph, argument(project, 1), argument(value, 2), argument(project, 2))
+    name = f"{short(argument(project, 1))}_shifted_bias"
+    shift = derive(b, name, (NAME, groups, width), sources, lambda: weight @ passed + (old if old is not None else 0.0))
+    graph.replace(project, b.linear(project.args[0], argument(project, 1), shift))
     return graph.clean()
 
 
@@ -113,6 +122,6 @@ def example(batch: int = 2, width: int = 8) -> Graph:
 
 
 RULE = Rule(
-    name=NAME, family="block_fusion", effect=Exact(), saves=("bytes", "flops"), source="arXiv:2302.08626", example=example, sites=sites,
+    name=NAME, family="block_fusion", effect=Exact(), saves=("bytes",), source="arXiv:2302.08626", example=example, sites=sites,
     rewrite=rewrite,
 )  # fmt: skip
