@@ -78,7 +78,8 @@ def calibrate(
     """
     place = "cuda" if device is not None and device.kind in ("cuda", "rocm") else "cpu"
     wanted = _with_bases(runtimes)
-    samples, notes = {}, {}
+    samples: dict[str, tuple[Sample, ...]] = {}
+    notes: dict[str, str] = {}
     for name in wanted:
         kept = _kept(name, thorough, place) if cache else None
         if kept is not None:

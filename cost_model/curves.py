@@ -67,7 +67,7 @@ class Rates:
     Shares of its own pass over memory that a light op still costs where a runtime may fuse it. chained: after another pointwise op; epilogue:
     after a matrix product; filtered: after a convolution; into_row: before a reduction along rows; beside_attention: a view that is executed,
     between attention and the products around it.
-    strided: views cost nothing but their dispatch, and a copy is made only where a reshape needs it. cold_s_per_byte: further seconds for each
+    strided: views are not executed and cost view_s, and a copy is made only where a reshape needs it. cold_s_per_byte: further seconds for each
     byte of weights that no cache holds. flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only;
     measured curves contain it.
     """
@@ -81,6 +81,7 @@ class Rates:
     filtered: float = 1.0
     beside_attention: float = 1.0
     strided: bool = True
+    view_s: float = 0.0
     cold_s_per_byte: float = 0.0
     flops_per_s: float = math.inf
     output_s_per_byte: float = 0.0

@@ -103,7 +103,7 @@ class Prices:
         rates = self.rates(context.runtime, work.dtype)
         if kind_of(node) == "view" and rates.strided:
             if not copies(node):
-                return Cost(rates.launch_s)
+                return Cost(rates.view_s)
             work = Work(("clone", "copy"), work.at, 0.0, work.bytes_moved, work.dtype)
         share = min((getattr(rates, name) for name in fused), default=1.0)
         cold = context.cold * rates.cold_s_per_byte * work.constant_bytes

@@ -22,8 +22,6 @@ FREE = 1e30  # bytes per second of what is not executed
 LEAST = 0.1  # what is left at least when an overhead is taken off a sample
 STRIDED = 0.4  # where permuting costs less than this share of copying, views are not executed
 
-# What inductor adds to the kernels that eager has too: assumptions, corrected per model by the first race.
-INDUCTOR = {"launch_s": 1.5e-6, "call_s": 20e-6, "chained": 0.1, "epilogue": 0.6, "into_row": 0.1, "filtered": 0.3}
 CONVOLVED = 8 * 32 * 28 * 28  # elements that the probe of convolutions with norms works on
 
 
@@ -43,8 +41,13 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
     for name, base in derived.items():
         for (runtime, dtype), rates in list(found.items()):
             if runtime == base:
-                found[name, dtype] = replace(rates, **INDUCTOR)
+                found[name, dtype] = _compiled(rates)
     return found
+
+
+def _compiled(eager: Rates) -> Rates:
+    """Inductor's rates from those of the kernels that eager has too: assumptions, corrected for a model by its first race."""
+    return replace(eager, launch_s=1.5e-6, view_s=0.0, call_s=20e-6, chained=0.1, epilogue=0.6, into_row=0.1, filtered=0.3)
 
 
 def _output_s_per_byte(plain: Iterable[Sample]) -> float:
@@ -69,7 +72,7 @@ def _rates(group: list[Sample], plain: list[Sample], curves: dict[str, Curve]) -
     if not strided:
         curves.pop("clone", None)  # its probe measured the permutation before it, which has a curve of its own
     shares = _shares(group, curves["elementwise"], curves.get("batch_norm", curves["elementwise"]))
-    return Rates(curves, launch, call, **shares, strided=strided, cold_s_per_byte=_cold(plain))
+    return Rates(curves, launch, call, **shares, strided=strided, view_s=launch, cold_s_per_byte=_cold(plain))
 
 
 def overheads(seconds: Mapping[str, float]) -> tuple[float, float]:
@@ -85,7 +88,7 @@ def _is_strided(group: Iterable[Sample]) -> bool:
     return slowest["permute"] <= STRIDED * slowest["clone"]
 
 
-def _shares(group: Iterable[Sample], passes: Curve, norm: Curve) -> dict[str, float]:
+def _shares(group: list[Sample], passes: Curve, norm: Curve) -> dict[str, float]:
     """The shares of `Rates` by name, each from a chain with and without its pointwise ops; 1 where the chain was not measured."""
     total = {s.curve: s for s in group}
 
@@ -136,10 +139,9 @@ def _beside_attention(group: list[Sample]) -> float:
 
 def _cold(plain: list[Sample]) -> float:
     """Further seconds per byte of weights that are read from memory instead of a cache; from f32, for all dtypes."""
-    matrix = _curves(plain).get("matrix")
-    extras = []
-    for sample in plain if matrix is not None else ():
-        if sample.curve == "cold":
+    matrix, extras = _curves(plain).get("matrix"), []
+    for sample in plain:
+        if sample.curve == "cold" and matrix is not None:
             rows, width = sample.at
             extras.append((sample.seconds - 2 * rows * width**2 / matrix(sample.at)) / (width**2 * DTYPES[sample.dtype].itemsize))
     return max(median(extras), 0.0) if extras else 0.0
@@ -153,10 +155,12 @@ SHARES = {
     "fake": {"matrix": 1.0, "convolution": 1.0, "attention": 1.0, "bandwidth": 1.0},
 }
 SHARES["rocm"] = SHARES["cuda"]
-FUSING = {  # what a fused pointwise op still costs of its pass: by what each runtime is known to fuse
-    "eager": {}, "onnxruntime": {"filtered": 0.0, "strided": False}, "inductor": {"chained": 0.0, "into_row": 0.0, "filtered": 0.5},
-    "openvino": {"chained": 0.0, "epilogue": 0.0, "filtered": 0.0, "beside_attention": 0.0, "strided": False},
-}  # fmt: skip
+FUSING = {  # what a fused light op still costs of its pass: by what each runtime is known to fuse
+    "eager": Rates({}, 0.0),
+    "inductor": Rates({}, 0.0, chained=0.0, into_row=0.0, filtered=0.5),
+    "onnxruntime": Rates({}, 0.0, filtered=0.0, strided=False),
+    "openvino": Rates({}, 0.0, chained=0.0, epilogue=0.0, filtered=0.0, beside_attention=0.0, strided=False),
+}
 KINDS = ("elementwise", "row", "reduce", "gather", "copy")
 
 
@@ -175,9 +179,9 @@ def _of_row(device: Device, runtime: str, dtype: str) -> Rates:
     curves |= dict.fromkeys(KINDS, bandwidth)
     curves["view"] = Curve.constant(FREE)
     traits = FUSING[runtime]
-    if not traits.get("strided", True):
+    if not traits.strided:
         curves |= dict.fromkeys(EXECUTED_VIEWS, bandwidth)
-    return Rates(curves, device.launch_s, flops_per_s=device.peak("f32"), **traits)
+    return replace(traits, curves=curves, launch_s=device.launch_s, flops_per_s=device.peak("f32"))
 
 
 EXECUTED_VIEWS = tuple(name for probe in PROBES if probe.is_executed_view for name in (probe.curve, *probe.serves))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from paretorch.cost_model import devices
 from paretorch.cost_model.device_rows import CPUS, FAKES, GPUS
 from paretorch.cost_model.devices import DEVICES, Target
@@ -86,7 +87,7 @@ def test_wrong_names(text, sentence):
 
 def test_cuda_without_a_chip_and_without_a_gpu(monkeypatch):
     monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(TargetError, match="'cuda' names no chip, and no GPU is here to be found. Name the one to plan for: cuda:a100"):
+    with pytest.raises(TargetError, match=r"'cuda' names no chip, and no GPU is here to be found\. Name the one to plan for: cuda:a100"):
         Target.parse("cuda")
 
 
@@ -97,5 +98,5 @@ def test_a_gpu_that_is_here(monkeypatch):
     assert Target.parse("cuda:h100").is_here
     assert not Target.parse("cuda:a100").is_here
     monkeypatch.setattr(devices.torch.cuda, "get_device_name", lambda: "NVIDIA T4")
-    with pytest.raises(TargetError, match="the GPU here, 'NVIDIA T4', has no device row. Name the closest: cuda:a100"):
+    with pytest.raises(TargetError, match=r"the GPU here, 'NVIDIA T4', has no device row\. Name the closest: cuda:a100"):
         Target.parse("cuda")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from paretorch.cost_model.quality import MEASURES, Drop, accepts, drift, paired_drop, samples_needed, split
 from paretorch.ir.errors import BudgetError
 
@@ -155,7 +156,7 @@ def test_split_is_a_partition_and_the_same_each_time(n, seed, share):
 def test_split_depends_on_the_seed_and_refuses_nonsense():
     assert split(100, 0, 0.2) != split(100, 1, 0.2)
     assert len(split(6000, 0, 1 / 6)[0]) == 1000
-    with pytest.raises(BudgetError, match="ranking_share=1.5 is no share"):
+    with pytest.raises(BudgetError, match=r"ranking_share=1\.5 is no share"):
         split(10, 0, 1.5)
     with pytest.raises(BudgetError, match="1 samples cannot be split"):
         split(1, 0, 0.5)
