@@ -73,9 +73,13 @@ def from_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     places_of_results = [place for kind, place in inner.signature.outputs if kind == "result"]
     if len(places_of_results) != len(results):
         raise CaptureError("Dynamo's graph returns values that are no tensors")
-    outputs = [_place(leaf, results, places_of_results) for leaf in leaves]
     example = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     graph = _with_all_inputs(_renamed(inner.graph, given, model), [places[id(tensor)] for tensor in flat], example)
+    known = {id(result): place for result, place in zip(results, places_of_results, strict=True)}
+    count = len(graph.outputs)
+    known |= {key: count + place for key, place in places.items() if key not in known}  # an input that is returned as it is
+    graph.set_outputs([*graph.outputs, *graph.inputs])
+    outputs = [_place(leaf, known) for leaf in leaves]
     fakes = iter(node.meta["val"] for node in graph.inputs)
     given_leaves = pytree.tree_leaves((args, kwargs))
     signature = signature_of(
@@ -99,14 +103,13 @@ def _record(
     return output, recorder.calls[0]
 
 
-def _place(leaf: Any, results: Sequence[Any], places: Sequence[int]) -> tuple[str, Any]:
+def _place(leaf: Any, known: dict[int, int]) -> tuple[str, Any]:
     """Which result of the graph an output is; an output that is no tensor keeps the value that it had."""
     if not isinstance(leaf, Tensor):
         return "value", leaf
-    found = next((number for number, result in enumerate(results) if result is leaf), None)
-    if found is None:
+    if id(leaf) not in known:
         raise CaptureError("an output of the model is not among the results of Dynamo's graph")
-    return "result", places[found]
+    return "result", known[id(leaf)]
 
 
 def _renamed(graph: Graph, given: Sequence[Any], model: nn.Module) -> Graph:

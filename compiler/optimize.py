@@ -14,9 +14,9 @@ from paretorch.capture import Call, as_call, capture
 from paretorch.contest import disagreement
 from paretorch.cost_model.devices import Target
 from paretorch.exact import apply_exact
+from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import CaptureError
 from paretorch.islands import optimize_islands
-from paretorch.ir.analyze import analyze
 from paretorch.optimized import Optimized
 from paretorch.rewrites import RULES, rules_named
 from paretorch.rewrites.apply import propose

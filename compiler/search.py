@@ -22,7 +22,7 @@ from paretorch.plan import Choice, Knob
 from paretorch.rewrites.apply import Candidate
 from paretorch.stages import Stages
 
-PROBE_SAMPLES = 48
+PROBE_SAMPLES = 16
 GROUP = 8  # sites that are measured together, so that an executor has something to spread
 MUTATIONS = 6
 BUDGET_SHARES = (1.0, 0.5, 0.25)  # the frontier is explored at these parts of the budget, for `choose`

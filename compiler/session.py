@@ -13,11 +13,11 @@ import torch
 from paretorch.budget import Budget
 from paretorch.capture import Program
 from paretorch.codegen.runtimes import RUNTIMES
-from paretorch.contest import SLOW_TO_COMPILE, Lowering, contenders, run_race
+from paretorch.contest import SLOW_TO_COMPILE, Contender, Lowering, contenders, run_race
 from paretorch.cost_model.calibrate import analytic, calibrate
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.price import Prices
-from paretorch.cost_model.quality import paired_drop
+from paretorch.cost_model.quality import Drop, paired_drop
 from paretorch.data import prepare
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
@@ -57,6 +57,7 @@ class Session:
     evidence: dict[str, Any] = field(default_factory=dict)
     exact_rules: list[str] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
+    judged: dict[tuple[Choice, ...], tuple[Contender, Drop] | None] = field(default_factory=dict)  # held-out results, by plan
     anchors: dict[tuple[str, bool], float] = field(default_factory=dict)
     exact: Graph = field(init=False)
     exact_result: Any = None  # the Optimized of the exact plan, what `choose` falls back to

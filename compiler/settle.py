@@ -90,7 +90,22 @@ def settle(session: Session, exact: Optimized, limit: float | None = None) -> Op
 
 
 def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
-    """Compile this plan where it is predicted to be fastest and measure its paired drop on held-out data; None if refused."""
+    """This plan with its drop on held-out data; None if it failed or the drop is not within the limit. Measured once per plan."""
+    if point.choices not in session.judged:
+        session.judged[point.choices] = _measure(session, point)
+    found = session.judged[point.choices]
+    if found is None:
+        return None
+    contender, drop = found
+    refusal = accepts(drop, limit, session.budget.confidence)
+    if refusal is not None:
+        _note(session, point, "over budget", refusal)
+        return None
+    return Outcome(contender, session.ordered(point.choices), drop)
+
+
+def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
+    """Compile this plan where it is predicted to be fastest and measure its paired drop on held-out data; None if it fails, with a note."""
     judge = session.judge
     assert judge is not None  # settle checked
     graph = session.apply(point.choices)
@@ -113,12 +128,8 @@ def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
     except LoweringError as error:
         _note(session, point, "failed", str(error))
         return None
-    refusal = accepts(drop, limit, session.budget.confidence)
     session.evidence[f"held out {'; '.join(map(str, point.choices))}"] = [drop.mean, drop.half_width, drop.n]
-    if refusal is not None:
-        _note(session, point, "over budget", refusal)
-        return None
-    return Outcome(best, session.ordered(point.choices), drop)
+    return best, drop
 
 
 def _agreeing(session: Session, entered: Sequence[Contender], expected: Sequence[object]) -> list[Contender]:
