@@ -10,39 +10,56 @@ from torch.fx import Node
 
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, origin_of
-from paretorch.ir.ops import op_of
+from paretorch.ir.ops import is_op, op_of
 
 LARGEST = 1 << 24  # elements of a folded result that has more than its operands
-RANDOM = ("rand", "randn", "bernoulli", "dropout", "multinomial", "normal", "uniform", "randint", "randperm", "empty")
+RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "uniform", "poisson", "exponential", "empty")
 
 
 def fold(graph: Graph) -> Graph:
     """The same function with constant subgraphs as constants. Results larger than their operands and than LARGEST stay computed."""
     graph = graph.copy()
     values: dict[Node, Any] = {node: graph.constants[str(node.target)] for node in graph.nodes if node.op == "get_attr"}
+    made: dict[Any, list[Node]] = {}
     for node in graph.calls:
         if not _is_foldable(node, values):
             continue
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
         with torch.no_grad():
-            result = call(node.target, args, kwargs)
+            result = node.target(*args, **kwargs)
         if _is_small(result, args):
             values[node] = result
     for node in graph.calls:
         kept = [user for user in node.users if user not in values]
         if node in values and isinstance(values[node], Tensor) and kept:
-            made = Builder(graph, node, origin=origin_of(node)).constant(f"folded.{node.name}", _own(values[node]))
-            graph.replace(node, made)
+            constant = _constant(graph, node, _own(values[node]), made)
+            returned = [user for user in kept if user.op == "output"]
+            if returned:  # the caller may write into what it is given
+                copy = Builder(graph, node, origin=origin_of(node)).clone(constant)
+                for user in returned:
+                    user.replace_input_with(node, copy)
+            graph.replace(node, constant)
     return graph.clean()
 
 
-def call(target: Any, args: Any, kwargs: Any) -> Any:
-    """An op on real tensors."""
-    return target(*args, **kwargs)
+def _constant(graph: Graph, node: Node, tensor: Tensor, made: dict[Any, list[Node]]) -> Node:
+    """A node for the tensor; equal ones are shared. made: those of earlier calls, by dtype, shape and a sample of their elements."""
+    places = torch.linspace(0, max(tensor.numel() - 1, 0), min(tensor.numel(), 16)).long()
+    sample = tensor.take(places.to(tensor.device)).tolist() if tensor.numel() else []
+    alike = made.setdefault((tensor.dtype, tensor.device, tuple(tensor.shape), repr(sample)), [])
+    for earlier in alike:
+        if torch.equal(graph.constants[str(earlier.target)], tensor):
+            return earlier
+    alike.append(Builder(graph, _first_place(graph), origin=origin_of(node)).constant(f"folded.{node.name}", tensor))
+    return alike[-1]
+
+
+def _first_place(graph: Graph) -> Node:
+    return next(node for node in graph.fx.nodes if node.op != "placeholder")
 
 
 def _is_foldable(node: Node, values: dict[Node, Any]) -> bool:
-    if any(argument not in values for argument in node.all_input_nodes):
+    if any(argument not in values for argument in node.all_input_nodes) or _is_returned_copy(node):
         return False
     schema = getattr(node.target, "_schema", None)
     if schema is not None and (schema.is_mutable or any(word in schema.name for word in RANDOM)):
@@ -50,6 +67,11 @@ def _is_foldable(node: Node, values: dict[Node, Any]) -> bool:
     fake = node.meta.get("val")
     sizes = getattr(fake, "shape", ())
     return all(isinstance(size, int) for size in sizes) and not isinstance(fake, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _is_returned_copy(node: Node) -> bool:
+    """Whether this copies a constant for the model's caller."""
+    return is_op(node, "clone") and node.args[0].op == "get_attr" and all(user.op == "output" for user in node.users)  # type: ignore[union-attr]
 
 
 def _is_small(result: Any, args: Any) -> bool:
@@ -68,17 +90,20 @@ def merge_equal(graph: Graph) -> Graph:
     """The same function where equal calls on equal operands are computed once."""
     graph = graph.copy()
     seen: dict[Any, Node] = {}
-    for node in graph.calls:
+    for node in graph.nodes:
         op = op_of(node)
         schema = getattr(node.target, "_schema", None)
-        if op is None or (schema is not None and (schema.is_mutable or any(word in schema.name for word in RANDOM))):
+        if node.op == "get_attr":
+            key: Any = ("get_attr", node.target)
+        elif op is None or (schema is not None and (schema.is_mutable or any(word in schema.name for word in RANDOM))):
             continue
-        key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
+        else:
+            key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
         try:
             first = seen.setdefault(key, node)
         except TypeError:  # an argument that cannot be hashed
             continue
-        if first is not node:
+        if first is not node and not _is_returned_copy(node):
             node.replace_all_uses_with(first)
     return graph.clean()
 
@@ -87,5 +112,5 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_frozen(item) for item in value)
     if isinstance(value, (bool, int, float)):
-        return (type(value).__name__, value)
+        return (type(value).__name__, repr(value))
     return value

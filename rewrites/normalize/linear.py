@@ -1,4 +1,4 @@
-"""One spelling for products with a constant weight: `linear`, also for addmm, mm, matmul and for weights stored [in, out]."""
+"""One spelling for products with a constant weight: `linear`, also for addmm, mm, bmm and matmul, and for weights stored [in, out]."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from torch.fx import Node
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import aten, is_op
+from paretorch.rewrites.normalize.views import order_of
 
 
 def linear(graph: Graph) -> Graph:
     """The same function with `linear` wherever the right operand is a constant matrix."""
     graph = graph.copy()
+    turned: dict[Node, Node] = {}
     for node in graph.calls:
-        if is_op(node, "addmm", "mm", "matmul"):
-            _to_linear(graph, node)
+        if is_op(node, "addmm", "mm", "matmul", "bmm"):
+            _to_linear(graph, node, turned)
         elif is_op(node, "view"):
             _around_linear(graph, node)
     return graph.clean()
 
 
-def _to_linear(graph: Graph, node: Node) -> None:
+def _to_linear(graph: Graph, node: Node, turned: dict[Node, Node]) -> None:
+    """turned: transposed weights that were made before, by the weight."""
     bound = arguments(node)
     if is_op(node, "addmm"):
         if node.target is not aten("addmm.default") or bound["beta"] != 1 or bound["alpha"] != 1:
@@ -31,15 +34,36 @@ def _to_linear(graph: Graph, node: Node) -> None:
         bias, x, weight = bound["self"], bound["mat1"], bound["mat2"]
     else:
         bias, x, weight = None, node.args[0], node.args[1]
-    matrix = graph.constant(weight)
-    if matrix is None or matrix.ndim != 2 or not isinstance(x, Node) or tensor_type(x).rank < 2:
+    if not isinstance(x, Node) or tensor_type(x).rank < 2 or not isinstance(weight, Node):
+        return
+    matrix = _matrix(graph, weight)
+    if matrix is None:
         return
     vector = graph.constant(bias) if bias is not None else None
-    if bias is not None and (vector is None or vector.shape != matrix.shape[1:]):
+    if bias is not None and (vector is None or vector.shape != tensor_type(node).shape[-1:]):
         return
     b = Builder(graph, node, origin=origin_of(node))
-    turned = b.constant(f"{weight.target}_transposed", transposed(matrix))
-    graph.replace(node, b.linear(x, turned, *([bias] if bias is not None else [])))
+    if weight.op != "get_attr":  # the transpose of a constant
+        upright: Node = weight.args[0]  # type: ignore[assignment]
+    else:
+        if weight not in turned:
+            turned[weight] = b.constant(f"{weight.target}_transposed", transposed(matrix))
+        upright = turned[weight]
+    made = b.linear(x, upright, *([bias] if bias is not None else []))
+    if tensor_type(made) == tensor_type(node):
+        graph.replace(node, made)
+
+
+def _matrix(graph: Graph, weight: Node) -> Tensor | None:
+    """The constant matrix [in, out] behind this node: itself, one of a batch of one, or the transpose of a constant [out, in]."""
+    held = graph.constant(weight)
+    if held is not None:
+        held = held[0] if held.ndim == 3 and held.shape[0] == 1 else held
+        return held if held.ndim == 2 else None
+    if is_op(weight, "permute", "transpose") and tensor_type(weight).rank == 2 and order_of(weight) == [1, 0]:
+        held = graph.constant(weight.args[0])
+        return held.t() if held is not None else None
+    return None
 
 
 def _around_linear(graph: Graph, node: Node) -> None:

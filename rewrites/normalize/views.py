@@ -53,7 +53,7 @@ def _view(graph: Graph, node: Node) -> None:
     if is_op(node, "squeeze", "unsqueeze") and not isinstance(node.meta["val"], torch.Tensor):
         return
     source: Any = node.args[0]
-    while is_op(source, "view"):
+    while is_op(source, "view") or (is_op(source, "squeeze", "unsqueeze") and is_op(node, "view")):
         source = source.args[0]
     sizes = sizes_of(node)
     if sizes is None or tensor_type(source) == tensor_type(node):
@@ -70,6 +70,6 @@ def _view(graph: Graph, node: Node) -> None:
 
 
 def sizes_of(node: Node) -> list[int] | None:
-    """The node's sizes with one symbolic size as -1; None if several are symbolic."""
+    """The node's sizes with one symbolic size as -1; None if several are symbolic, or one beside a size of 0."""
     sizes = [int(size) if isinstance(size, int) else -1 for size in tensor_type(node).shape]
-    return sizes if sizes.count(-1) <= 1 else None
+    return sizes if sizes.count(-1) <= 1 and (0 not in sizes or -1 not in sizes) else None
