@@ -39,7 +39,7 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
 def _activation(node: Node) -> str | None:
     """The name that the fused op has for this activation."""
     op, given = op_of(node), arguments(node)
-    if op is None:
+    if op is None or not op.elementwise:
         return None
     defaults = {parameter.name: parameter.default_value for parameter in node.target._schema.arguments}  # type: ignore[union-attr]
     odd = {name: value for name, value in given.items() if not isinstance(value, Node) and value != defaults[name]}
