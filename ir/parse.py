@@ -94,7 +94,8 @@ class _Parser:
         for declared in split_top_level(header[2]):
             name, _, type_text = declared.partition(": ")
             self._define(name, self._input(name, type_text))
-        for self.number, line in enumerate(self.lines[1:], 2):
+        for number, line in enumerate(self.lines[1:], 2):
+            self.number = number
             if line.startswith("const "):
                 self._constant(self._match(_CONSTANT, line, "const weight : f32[64] # 5f70bf18a086"))
             else:

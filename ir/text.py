@@ -91,7 +91,7 @@ class SymbolNames:
 class _Printer:
     def __init__(self, graph: Graph, *, plain: bool = False) -> None:
         """plain: constants and inputs are named by number as well."""
-        self.graph = graph
+        self.graph, self.plain = graph, plain
         self.symbols = SymbolNames()
         self.names = _plain_names(graph) if plain else _names(graph)
 
@@ -106,7 +106,7 @@ class _Printer:
                 name = self.names[node]
                 mark = f" # {tensor_hash(self.graph.constants[str(node.target)])[:12]}" if hashes else ""
                 known = [constants[name][0]] if name in constants else []
-                alias = "" if name == node.target else f" = {str(node.target)!r}"
+                alias = "" if self.plain or name == node.target else f" = {str(node.target)!r}"
                 first = min([*known, *(order[user] for user in node.users)], default=0)
                 constants[name] = (first, name, f"const {name}{alias} : {self.type(node)}{mark}")
         body = [self.line(node) for node in self.graph.calls]
