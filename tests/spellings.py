@@ -275,6 +275,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "three dimensions": lambda q, k, v: torch.softmax(q[:, 0] @ k[:, 0].mT * C, -1) @ v[:, 0],
     "two dimensions": lambda q, k, v: torch.softmax(torch.mm(q[0, 0], k[0, 0].t()) * C, -1).mm(v[0, 0]),
     "one query": lambda q, k, v: torch.softmax(q[:, :, -1:] @ k.mT * C, -1) @ v,
+    "keys without a batch": lambda q, k, v: torch.softmax(q @ k[0].mT * C, -1) @ v[0],
+    "queries without a batch": lambda q, k, v: torch.softmax(q[0] @ k.mT * C, -1) @ v,
+    "one key head for all": lambda q, k, v: torch.softmax(q @ k[:, :1].mT * C, -1) @ v[:, :1],
     "temperature per head": lambda q, k, v: torch.softmax((q @ k.mT) * torch.linspace(0.1, 0.4, H, dtype=q.dtype)[:, None, None], -1) @ v,
 }  # fmt: skip
 
@@ -322,6 +325,24 @@ class TorchAttention(nn.Module):
         return self.attention(x, x, x, need_weights=self.need_weights, attn_mask=mask, key_padding_mask=padding)[0]
 
 
+class Block(nn.Module):
+    """A whole post-norm block with three projections, as encoders write it. x: T[B, T, H*D]; keep: i64[B, T], 1 for real tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.project = (nn.Linear(H * D, H * D) for _ in range(4))
+        self.norm = nn.LayerNorm(H * D)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], H, D).permute(0, 2, 1, 3)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        mask = (1.0 - keep[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
+        scores = self.heads(self.query(x)) @ self.heads(self.key(x)).transpose(-1, -2) / math.sqrt(D) + mask
+        mixed = (torch.softmax(scores, dim=-1) @ self.heads(self.value(x))).permute(0, 2, 1, 3).contiguous().view(x.shape)
+        return self.norm(self.project(mixed) + x)
+
+
 class DynamicCausal(nn.Module):
     """Batch and length are known only at run time. x: T[b, t, H*D]; keep: bool[b, t]."""
 
@@ -358,6 +379,7 @@ def handwritten() -> dict[str, Case]:
         cases[name] = Case(module, (x if batch_first else x.transpose(0, 1).contiguous(), hidden))
     masked = TorchAttention(batch_first=True, need_weights=False, masked=True).double().eval()
     cases["nn.MultiheadAttention, causal and padding"] = Case(masked, (x, hidden))
+    cases["block with padding, as encoders write it"] = Case(Block().double().eval(), (x, (~hidden).long()))
     batch, tokens = torch.export.Dim("b", max=64), torch.export.Dim("t", max=512)
     module = Packed("chunk").double().eval()
     cases["dynamic batch"] = Case(module, (x,), ({0: batch},))

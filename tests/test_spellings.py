@@ -148,8 +148,8 @@ GOLDEN = (
 )
 def test_golden(name: str, golden: Any) -> None:
     case = HANDWRITTEN[name]
-    before = capture(case.module.eval(), case.inputs, case.dynamic).graph
-    golden(f"{before}\n# normalize\n{normalize(before)}\n")
+    before = exported(case.module.eval(), case.inputs, case.dynamic)
+    golden(f"{before}\n# raise_attention\n{raise_attention(before)}\n")
 
 
 class Attributes(nn.Module):

@@ -172,7 +172,8 @@ class MaskWriter:
     def _condition(self, part: Fixed | Given | Placed) -> Node:
         """bool: true where the key is seen."""
         if isinstance(part, Placed):
-            part = part.condition if part.condition is not None else _unplaced(part)
+            assert part.condition is not None  # only torch's own causal flag has none, and that is never part of a tensor
+            part = part.condition
         if isinstance(part, Fixed):
             return self.emitter.arrange(self.emitter.constant("seen", part.tensor), part.dims, self.groups, full=False)
         node = self.emitter.cast(part.node, "bool")
@@ -207,10 +208,6 @@ class MaskWriter:
             return emit(aten("where.ScalarOther"), seen, kept, value)
         zeros = self.emitter.number(kept, self.dtype)
         return emit(aten("where.ScalarOther"), seen, zeros, value)
-
-
-def _unplaced(part: Placed) -> Given:
-    raise Unraised(f"a causal mask over other axes than queries and keys, {part.strip}")
 
 
 def _sites(graph: Graph) -> list[Softmax | Node]:

@@ -135,16 +135,22 @@ class Emitter:
         """A number, or a node that makes this size. Raises Unraised if no input or nearby value has it."""
         if isinstance(size, int):
             return size
-        for node in (*self.graph.inputs, near):
-            for place, found in enumerate(shape_of(node) if hasattr(node.meta["val"], "shape") else ()):
-                if found == size:
-                    return self._existing_size(node, place) or self.emit(aten("sym_size.int"), node, place)
+        places = [
+            (node, place)
+            for node in (*self.graph.inputs, near)
+            if hasattr(node.meta["val"], "shape")
+            for place, found in enumerate(shape_of(node))
+            if found == size
+        ]
+        if places:
+            existing = [there for node, place in places if (there := self._existing_size(node, place)) is not None]
+            return existing[0] if existing else self.emit(aten("sym_size.int"), *places[0])
         number, symbols = sympy.sympify(size).as_coeff_mul()
         if number.is_Integer and (number != 1 or len(symbols) > 1):
             made: Any = int(number)
             for symbol in symbols:
                 factor = self.size(symbol, near)
-                made = factor if made == 1 else self.emit(operator.mul, factor, made)
+                made = factor if isinstance(made, int) and made == 1 else self.emit(operator.mul, factor, made)
             return made
         raise Unraised(f"no input has the size {size}, which {near.name} needs")
 

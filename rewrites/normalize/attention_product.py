@@ -101,10 +101,10 @@ def _einsum(node: Node) -> Product | None:
         return None  # a sum over one operand alone
     sizes: dict[str, Any] = {}
     for found, operand in zip(labels[:2], operands, strict=True):
-        for label, size in zip(found, shape_of(operand), strict=True):  # type: ignore[arg-type]
+        for label, size in zip(found, shape_of(operand), strict=True):
             sizes[label] = size if sizes.get(label, 1) == 1 else sizes[label]
     shrunk = [
-        tuple(None if size == 1 and sizes[label] != 1 else label for label, size in zip(found, shape_of(operand), strict=True))  # type: ignore[arg-type]
+        tuple(None if size == 1 and sizes[label] != 1 else label for label, size in zip(found, shape_of(operand), strict=True))
         for found, operand in zip(labels[:2], operands, strict=True)
     ]
     return Product(node, left, right, shrunk[0], shrunk[1], tuple(labels[2]))  # type: ignore[arg-type]

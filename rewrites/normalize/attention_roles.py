@@ -36,7 +36,8 @@ def assign(scores: Dims, keys: Dim, query: Operand, key: Operand, value: Operand
     queries = _queries(rows, shared_set, query.axes, by_channels, masks)
     shared = [axis for dim in rows for axis in dim if axis in shared_set and axis not in queries]
     own = [axis for dim in rows for axis in dim if axis not in shared_set and axis not in queries]
-    groups = tuple(axis for axis in own if axis in query.axes and axis.size != 1)
+    before = _before_shared(rows, shared, own) - by_channels  # a batch that keys lack: they are repeated for it
+    groups = tuple(axis for axis in own if axis in query.axes and axis.size != 1 and axis not in before)
     shared = [axis for dim in rows for axis in dim if axis not in queries and axis not in groups and (axis in shared or axis in own)]
     heads = _heads([axis for axis in shared if axis.size != 1], rows, by_channels)
     batch = tuple(axis for axis in shared if axis not in heads)
@@ -51,10 +52,16 @@ def _queries(rows: Sequence[Dim], shared: set[Axis], query: set[Axis], channels:
         if own and len(own) == len([axis for axis in dim if axis.size != 1 or axis in own]):
             plain = tuple(axis for axis in own if axis not in channels)
             candidates.append(plain or own)
-    for keep in (lambda dim: not set(dim) & channels, lambda dim: any(set(dim) & mask for mask in masks)):
-        kept = [dim for dim in candidates if keep(dim)]
-        candidates = kept or candidates
+    candidates = [dim for dim in candidates if not set(dim) & channels] or candidates
+    candidates = [dim for dim in candidates if any(set(dim) & mask for mask in masks)] or candidates
     return candidates[-1] if candidates else ()
+
+
+def _before_shared(rows: Sequence[Dim], shared: Sequence[Axis], own: Sequence[Axis]) -> set[Axis]:
+    """The axes that only the query has, outside of every axis that it shares."""
+    order = [axis for dim in rows for axis in dim]
+    first = min((order.index(axis) for axis in shared), default=len(order))
+    return {axis for axis in own if order.index(axis) < first}
 
 
 def _heads(shared: Sequence[Axis], rows: Sequence[Dim], channels: set[Axis]) -> Dim:

@@ -149,7 +149,8 @@ def permutation(node: Node) -> list[int] | None:
     rank = len(shape_of(node))
     order = list(range(rank))
     if name == "permute":
-        return [place % rank for place in node.args[1]]  # type: ignore[union-attr,operator]
+        wanted: Any = node.args[1]
+        return [int(place) % rank for place in wanted]
     if name in ("t", "mT", "adjoint", "numpy_T"):
         return order[::-1] if name in ("t", "numpy_T") else [*order[:-2], rank - 1, rank - 2]
     first, second = node.args[1], node.args[2]

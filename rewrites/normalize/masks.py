@@ -68,7 +68,7 @@ class Conditions:
         joint = ("__and__", "bitwise_and", "logical_and") if not hidden else ("__or__", "bitwise_or", "logical_or")
         if name in joint or (name == "mul" and not hidden):
             return self._both(node, dims, hidden)
-        if name in ("_to_copy", "to") and is_tensor(node.args[0]) and self._is_truth(node.args[0]):  # type: ignore[arg-type]
+        if name in ("_to_copy", "to") and is_tensor(node.args[0]) and self._is_truth(node.args[0]):
             return self.parts(node.args[0], dims, hidden)  # type: ignore[arg-type]
         if name in ("eq", "ne") and self._is_truth(node.args[0]) and self.known.uniform(node.args[1]) in (0.0, 1.0):
             flipped = (name == "eq") == (self.known.uniform(node.args[1]) == 0.0)

@@ -183,8 +183,12 @@ class Joiner:
         grid = set(leaves(frame.queries)) | set(leaves(frame.keys))
         for part in parts:
             if isinstance(part, Placed):
-                fits = frame.place(part.strip) is not None or part.condition is None
-                (placed if fits else rest).append(part if fits or part.condition is None else part.condition)
+                if frame.place(part.strip) is not None:
+                    placed.append(part)
+                elif part.condition is not None:
+                    rest.append(part.condition)
+                else:
+                    raise Unraised("a causal mask is about other axes than queries and keys")
             elif isinstance(part, Fixed) and {axis for axis in flat(part.dims) if axis.size != 1} <= grid:
                 placed.append(part)
             else:

@@ -162,7 +162,7 @@ def _passes_on(node: Node) -> bool:
 def _has_large_number(node: Node) -> bool:
     op = op_of(node)
     kinds = (int, float) if op is not None and op.name in _BOUNDED else (float,)
-    return any(isinstance(argument, kinds) and abs(argument) >= -HIDDEN for argument in node.args)  # type: ignore[arg-type]
+    return any(isinstance(argument, kinds) and abs(argument) >= -HIDDEN for argument in node.args)
 
 
 def _is_made(node: Node) -> bool:
@@ -182,5 +182,5 @@ def is_harmless(bias: Bias, tensor: Tensor | None) -> bool:
 
 
 def is_float(node: Node) -> bool:
-    value = node.meta.get("val")
-    return not hasattr(value, "dtype") or value.dtype.is_floating_point
+    value: Any = node.meta.get("val")
+    return not hasattr(value, "dtype") or bool(value.dtype.is_floating_point)
