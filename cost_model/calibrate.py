@@ -23,15 +23,15 @@ from paretorch.cost_model import fingerprint
 from paretorch.cost_model.curves import Calibration, Sample
 from paretorch.cost_model.devices import Device, cpu_model
 from paretorch.cost_model.measure import burst
-from paretorch.cost_model.panels import Panel, cache_bytes, compile_panels
+from paretorch.cost_model.panels import Panel, cache_bytes, compile_panels, forget_inputs
 from paretorch.cost_model.probes import DISPATCH, Probe, static_graph
-from paretorch.cost_model.rates import analytic, derive, overheads
+from paretorch.cost_model.rates import analytic, derive
 from paretorch.cost_model.work import Work, work_of
 from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
 
-QUICK_SECONDS, THOROUGH_SECONDS = 7.0, 30.0  # of measuring, beside compiling
+QUICK_SECONDS, THOROUGH_SECONDS = 5.0, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
 BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
@@ -128,7 +128,7 @@ def _measure(
     runtimes: Mapping[str, Runtime], thorough: bool, place: str, clock: Callable[[], float], problems: dict[str, str]
 ) -> dict[str, tuple[Sample, ...]]:
     """Samples by runtime. problems: gets what could not be compiled, with the reason."""
-    panels = [panel for name, runtime in runtimes.items() for panel in compile_panels(name, runtime, thorough, place, problems)]
+    panels = compile_panels(runtimes, thorough, place, problems)
     runs = [run for panel in panels for run in _runs(panel)]
     seconds, rounds = (THOROUGH_SECONDS, THOROUGH_ROUNDS) if thorough else (QUICK_SECONDS, QUICK_ROUNDS)
     shuffle, order, began = random.Random(0), list(runs), clock()
@@ -138,6 +138,7 @@ def _measure(
         shuffle.shuffle(order)
         for run in order:
             run.samples += burst(run.call, BURST_SECONDS, BURST, clock)
+    forget_inputs()
     found: dict[str, list[Sample]] = {name: [] for name in runtimes}
     for name, samples in found.items():
         own = [run for run in runs if run.panel.runtime == name]
@@ -147,14 +148,12 @@ def _measure(
 
 
 def _idle_seconds(runs: Sequence[_Run]) -> dict[int, float]:
-    """What a call of each panel takes beside the work of its probes: of a panel of many what it takes with zero rows, of a lone one dispatch."""
+    """What a call of each panel takes beside the work of its probes: of a panel of many what it takes with no rows, of a lone one dispatch."""
     found = {id(run.panel): _low(run.samples) for run in runs if run.probe is None}
-    launch, call = overheads({run.probe.curve: _low(run.samples) for run in runs if run.probe in DISPATCH})
+    launch = next((_low(run.samples) / run.panel.nodes for run in runs if run.probe == DISPATCH), 0.0)
     for run in runs:
-        if run.probe in DISPATCH:
-            found[id(run.panel)] = 0.0
-        elif len(run.panel.probes) == 1:
-            found[id(run.panel)] = call + launch * run.panel.nodes
+        if len(run.panel.probes) == 1:
+            found[id(run.panel)] = 0.0 if run.probe == DISPATCH else launch * run.panel.nodes
     return found
 
 

@@ -171,8 +171,8 @@ def ones(dtype: str, size: int) -> Tensor:
 def convolution_and_norm(b: Builder, x: Node, dtype: str) -> Node:
     """Pointwise convolutions, each followed by a batch norm, a residual add and a pointwise op."""
     for _ in range(2):
-        y = convolutions(32, 1, 1, 1)(b, x, dtype)
-        x = b.relu(b.add(batch_norms(32, 1)(b, y, dtype), x))
+        y = convolutions(CONVOLVED, 1, 1, 1)(b, x, dtype)
+        x = b.relu(b.add(batch_norms(CONVOLVED, 1)(b, y, dtype), x))
     return x
 
 
@@ -204,8 +204,9 @@ def joined(b: Builder, x: Node, dtype: str) -> Node:
 
 
 BATCH, HEADS, TOKENS = 4, 6, 128
-TINY, TINY_ROWS, SHORT, LONG = 8, 2, 4, 36
+TINY, TINY_ROWS, TINY_COUNT = 8, 2, 32
 NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
+CONVOLVED, CONVOLVED_POSITIONS = 32, 8 * 28 * 28
 LINEAR = tuple(
     Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
     for width, count, rows in (
@@ -217,8 +218,7 @@ ATTENTION = (
     Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2, idle_rows=1),
     Probe("attention4", "attention", attentions(), (BATCH, HEADS, 64), (32, 128, 256), axis=2, idle_rows=1),
     Probe("packed4", "packed", packed_attention, (BATCH, 3 * HEADS * 64), (TOKENS,), axis=1, idle_rows=1, half=False),
-    Probe("causal1", "attention.causal", attentions(True), (1, HEADS, 64), (512,), axis=2, idle_rows=1),
-    Probe("causal4", "attention.causal", attentions(True), (BATCH, HEADS, 64), (TOKENS,), axis=2, idle_rows=1),
+    Probe("causal4", "attention.causal", attentions(True), (BATCH, HEADS, 64), (TOKENS, 256), axis=2, idle_rows=1),
     Probe("attention_long", "attention", attentions(), (1, HEADS, 64), (2048,), axis=2, idle_rows=1, quick=False),
 )
 CONVOLUTION = tuple(
@@ -238,14 +238,13 @@ POINTWISE = (
     Probe("add_out", "add_out", sums, (384,), (1576,), narrowed=False, half=False),
     Probe("add_chain", "chain", sum_chain, (384,), (1576,), half=False),
     Probe("add_norm", "add_norm", norm_of_sum, (384,), (1576,), half=False),
-    Probe("narrow", "narrow", linears(NARROW, NARROW_COUNT), (NARROW,), (NARROW_ROWS,), half=False),
+    Probe("narrow", "matrix", linears(NARROW, NARROW_COUNT), (NARROW,), (NARROW_ROWS,), NARROW_COUNT, half=False),
     Probe("linear_add", "linear_add", linear_and_sum, (NARROW,), (NARROW_ROWS,), half=False),
     Probe("batch_norm", "batch_norm", batch_norms(32, 2), (32, 28, 28), (1, 8), 2),
-    Probe("convolution2", "convolution2", convolutions(32, 1, 1, 2), (32, 28, 28), (8,), half=False),
-    Probe("convolution_norm", "convolution_norm", convolution_and_norm, (32, 28, 28), (8,), half=False),
+    Probe("convolution_norm", "convolution_norm", convolution_and_norm, (CONVOLVED, 28, 28), (8,), half=False),
     Probe("gelu", "gelu", repeated("gelu", 2), (384,), (8, 197, 1576), 2),
-    Probe("tanh", "tanh", repeated("tanh", 2), (384,), (197, 1576), 2, serves=("erf",)),
-    Probe("silu", "silu", repeated("silu", 2), (384,), (197, 1576), 2, serves=("sigmoid", "softplus")),
+    Probe("tanh", "tanh", repeated("tanh", 2), (384,), (197, 1576), 2, serves=("erf",), half=False),
+    Probe("silu", "silu", repeated("silu", 2), (384,), (197, 1576), 2, serves=("sigmoid", "softplus"), half=False),
     Probe("exp", "exp", repeated("exp", 2), (384,), (197, 1576), 2, serves=("log", "cos", "sin"), half=False, quick=False),
 )
 MOVES = (
@@ -262,7 +261,7 @@ MOVES = (
     Probe("embedding", "gather", lookup, (TOKENS,), (1, 8), integers=4096, half=False),
 )  # fmt: skip
 PROBES = (*LINEAR, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
-DISPATCH = tuple(Probe(f"dispatch{count}", f"dispatch{count}", tiny_chain(count), (TINY,), (TINY_ROWS,)) for count in (SHORT, LONG))
+DISPATCH = Probe("dispatch", "dispatch", tiny_chain(TINY_COUNT), (TINY,), (TINY_ROWS,), TINY_COUNT, idle_rows=TINY_ROWS)
 GPU_PROBES = (
     Probe("linear4096", "matrix", linears(4096, 1), (4096,), (1, 128, 8192)),
     Probe("add_long", "elementwise", sums, (4096,), (4096, 65536)),

@@ -8,21 +8,26 @@ from statistics import median
 
 from paretorch.cost_model.curves import Calibration, Curve, Rates, Sample
 from paretorch.cost_model.device_rows import Device
-from paretorch.cost_model.probes import BATCH, DISPATCH, HEADS, LONG, NARROW, NARROW_COUNT, NARROW_ROWS, PROBES, SHORT, TOKENS
+from paretorch.cost_model.probes import BATCH, CONVOLVED, CONVOLVED_POSITIONS, HEADS, NARROW, NARROW_COUNT, NARROW_ROWS, PROBES, TOKENS
 from paretorch.cost_model.work import RATED_BY_FLOPS
 from paretorch.ir.types import DTYPES
 
-NOT_CURVES = (  # samples that set a share or an overhead instead
-    "packed", "chain", "narrow", "linear_add", "add_norm", "add_out", "cold", "convolution2", "convolution_norm", *(probe.curve for probe in DISPATCH),
-)  # fmt: skip
+NOT_CURVES = (
+    "dispatch",
+    "packed",
+    "chain",
+    "linear_add",
+    "add_norm",
+    "add_out",
+    "cold",
+    "convolution_norm",
+)  # they set a share or an overhead
 WHOLE = {probe.curve for probe in PROBES if not probe.narrowed}  # curves whose samples hold the handing out of a whole result
 SERVES = {probe.curve: (probe.curve, *probe.serves) for probe in PROBES}
 UNFUSED = 0.8  # a share of a pass above this is noise around one
 FREE = 1e30  # bytes per second of what is not executed
 LEAST = 0.1  # what is left at least when an overhead is taken off a sample
 STRIDED = 0.4  # where permuting costs less than this share of copying, views are not executed
-
-CONVOLVED = 8 * 32 * 28 * 28  # elements that the probe of convolutions with norms works on
 
 
 def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[str, str], Rates]:
@@ -67,19 +72,12 @@ def _curves(group: Iterable[Sample]) -> dict[str, Curve]:
 
 
 def _rates(group: list[Sample], plain: list[Sample], curves: dict[str, Curve]) -> Rates:
-    launch, call = overheads({s.curve: s.seconds for s in plain})
+    launch = next((s.seconds for s in plain if s.curve == "dispatch"), 0.0)
     strided = _is_strided(group)
     if not strided:
         curves.pop("clone", None)  # its probe measured the permutation before it, which has a curve of its own
     shares = _shares(group, curves["elementwise"], curves.get("batch_norm", curves["elementwise"]))
-    return Rates(curves, launch, call, **shares, strided=strided, view_s=launch, cold_s_per_byte=_cold(plain))
-
-
-def overheads(seconds: Mapping[str, float]) -> tuple[float, float]:
-    """Seconds of dispatch of a node, and of a call, from a short and a long chain of nodes that do next to nothing. seconds: by curve."""
-    short, long = (seconds.get(probe.curve, 0.0) for probe in DISPATCH)
-    launch = max(long - short, 0.0) / (LONG - SHORT)
-    return launch, max(short - SHORT * launch, 0.0)
+    return Rates(curves, launch, **shares, strided=strided, view_s=launch, cold_s_per_byte=_cold(plain))
 
 
 def _is_strided(group: Iterable[Sample]) -> bool:
@@ -103,17 +101,19 @@ def _shares(group: list[Sample], passes: Curve, norm: Curve) -> dict[str, float]
     if "chain" in total:
         one = total["chain"].amount / 14  # add(x, x) moves two tensors, each of the four others three
         chained = share(total["chain"].seconds - seconds(2 * one), 4 * seconds(3 * one))
-    if "linear_add" in total and "narrow" in total:
-        one = NARROW_ROWS * NARROW * DTYPES[total["narrow"].dtype].itemsize
-        extra = total["linear_add"].seconds - total["narrow"].seconds
+    narrow = next((s for s in group if s.curve == "matrix" and s.at == (NARROW_ROWS, NARROW)), None)
+    if "linear_add" in total and narrow is not None:
+        one = NARROW_ROWS * NARROW * DTYPES[narrow.dtype].itemsize
+        extra = total["linear_add"].seconds - NARROW_COUNT * narrow.seconds
         epilogue = share(extra, NARROW_COUNT * (seconds(2 * one) + seconds(3 * one)))
     norms = [s for s in group if s.curve == "layer_norm"]
     if "add_norm" in total and norms:
         largest = max(norms, key=lambda s: s.amount)
         into_row = share(total["add_norm"].seconds / 3 - largest.seconds, seconds(largest.amount))
-    if "convolution_norm" in total and "convolution2" in total:
-        one = CONVOLVED * DTYPES[total["convolution2"].dtype].itemsize
-        extra = total["convolution_norm"].seconds - total["convolution2"].seconds
+    plain = next((s for s in group if s.curve == "convolution.pointwise" and s.at == (CONVOLVED_POSITIONS, CONVOLVED)), None)
+    if "convolution_norm" in total and plain is not None:
+        one = CONVOLVED_POSITIONS * CONVOLVED * DTYPES[plain.dtype].itemsize
+        extra = total["convolution_norm"].seconds - 2 * plain.seconds
         filtered = share(extra, 2 * (2 * one / norm((2 * one,)) + seconds(3 * one) + seconds(2 * one)))
     return {
         "chained": chained,

@@ -20,8 +20,8 @@ from paretorch.cost_model.curves import Curve, Rates, Sample
 from paretorch.cost_model.devices import DEVICES
 from paretorch.cost_model.memory import copies, peak_memory, weight_bytes
 from paretorch.cost_model.price import Prices, fusions
-from paretorch.cost_model.probes import DISPATCH, LONG, SHORT, panel
-from paretorch.cost_model.rates import derive, overheads
+from paretorch.cost_model.probes import panel
+from paretorch.cost_model.rates import derive
 from paretorch.cost_model.work import work_of
 from paretorch.ir.builder import Builder, build
 from paretorch.ir.errors import TargetError
@@ -362,11 +362,6 @@ def test_curves_interpolate_on_logarithms_and_stay_constant_outside():
     assert Curve.constant(7.0)((3.0, 4.0)) == pytest.approx(7.0)
 
 
-def test_overheads_from_two_chains():
-    launch, call = overheads({DISPATCH[0].curve: 10e-6 + SHORT * 2e-6, DISPATCH[1].curve: 10e-6 + LONG * 2e-6})
-    assert (launch, call) == (pytest.approx(2e-6), pytest.approx(10e-6))
-
-
 def sample(curve: str, at: tuple[float, ...], amount: float, seconds: float) -> Sample:
     return Sample("r", "f32", curve, at, amount, seconds, 0.1)
 
@@ -430,7 +425,7 @@ def measured(clock, *runtimes, **options):
 def test_calibration_finds_what_the_runtime_does(clock, tmp_path):
     found = measured(clock, FakeRuntime(clock))
     rates = found.rates["fake", "f32"]
-    assert rates.launch_s == pytest.approx(1e-6, rel=1e-3)
+    assert rates.launch_s == pytest.approx(1e-6, rel=0.05)
     add = next(s for s in found.of("fake", "f32") if s.curve == "elementwise" and s.at == (2 * 4 * 1576 * 384,))
     assert add.seconds == pytest.approx(1576 * 384 * 1e-9, rel=0.05)
     assert ("fake", "bf16") in found.rates
