@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -35,14 +37,14 @@ def without_reduced(graph: Graph) -> Graph:
             other.replace(node, wide)
     for node in other.calls:
         if is_op(node, "to") and _is_half_cast(node):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
         elif any(value in HALF for value in (*node.args, *node.kwargs.values()) if isinstance(value, torch.dtype)):
             node.args = tuple(_widened(value) for value in node.args)
             node.kwargs = {key: _widened(value) for key, value in node.kwargs.items()}
     return other.clean().retype()
 
 
-def _widened(value: object) -> object:
+def _widened(value: Any) -> Any:
     return torch.float32 if isinstance(value, torch.dtype) and value in HALF else value
 
 

@@ -48,7 +48,7 @@ def plain_forward(graph: Graph) -> Callable[..., tuple[Any, ...]]:
     module = graph.module()
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     if any("." in name for name in names):
-        return module.forward  # type: ignore[no-any-return]
+        return module.forward
     return type(module).forward.__get__(SimpleNamespace(**{name: getattr(module, name) for name in names}))  # type: ignore[no-any-return]
 
 
@@ -69,7 +69,7 @@ class Inductor:
         module = lower(graph, self.name).module()
         examples = [_marked(x.detach(), node.meta["val"]) for x, node in zip(example_inputs, graph.inputs, strict=True)]
         varies = is_dynamic(graph)
-        options = None if varies else {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options: Any = None if varies else {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
         try:
             with torch._inductor.config.patch(freezing=True), torch.no_grad():
                 compiled = torch.compile(module, fullgraph=True, dynamic=None if varies else False, options=options)

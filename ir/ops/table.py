@@ -18,6 +18,56 @@ from paretorch.ir.errors import RuleError
 
 Target = Any  # a torch.ops overload, or a function of the operator module for sizes
 
+KINDS: dict[str, str] = {  # the class of price curve
+    "elementwise": "one output element from one element of each operand",
+    "matrix": "products with two flops per element of the result and of the contracted axis",
+    "convolution": "products of windows with weights",
+    "attention": "scores, softmax and mixing in one op",
+    "row": "softmax and norms: statistics over an axis, then an output of the input's shape",
+    "reduce": "sums, extremes, sorts and scans along axes",
+    "gather": "reads or writes at places that are computed",
+    "copy": "moves or makes data without arithmetic",
+    "view": "describes the same data anew",
+    "scalar": "numbers that are computed from sizes",
+}
+
+AXES: dict[str, str] = {  # how the axes of operands become those of the result; one function each in `ir/analyze/axis_rules.py`
+    "pointwise": "operands are broadcast; the result has the axes where they meet",
+    "last_axis": "statistics over the last len(normalized_shape) axes; all axes stay",
+    "softmax": "every entry along `dim` depends on the whole axis; all axes stay",
+    "reduce": "the axes in `dim` (all of them if there is none) go, or have length one with `keepdim`",
+    "scan": "every entry depends on its place along `dim` or `dims`; all axes stay, of topk a shorter one",
+    "spatial": "[N, C, *spatial]: channels are contracted or kept, spatial axes get new lengths",
+    "linear": "x[..., C] with weight[D, C]: the last axis is contracted, a new one made",
+    "matmul": "[..., M, K] with [..., K, N], or vectors: K is contracted",
+    "addmm": "the second and third operand as in matmul, the first is added by broadcast",
+    "attention": "query[B, H, Tq, D], key[B, Hk, Tk, D], value[B, Hk, Tk, Dv] -> [B, H, Tq, Dv]",
+    "view": "the same elements in the same order under other axes; factors of sizes tell which",
+    "permute": "axes in the order of `dims`",
+    "transpose": "axes `dim0` and `dim1`, or the only two, change places",
+    "unsqueeze": "a new axis of length one at `dim`",
+    "squeeze": "axes of length one go: those in `dim`, or all",
+    "expand": "axes of length one get a length; new axes in front",
+    "repeat": "axes get a multiple of their length; new axes in front",
+    "select": "the axis `dim` goes: one entry of it is taken, by place",
+    "slice": "a part of the axis `dim`, by place",
+    "split": "parts of the axis `dim`, one result each, by place",
+    "unbind": "the axis `dim` goes: one result for each of its entries",
+    "cat": "the axis `dim` is as long as those of all operands together",
+    "stack": "operands of equal axes along a new axis at `dim`",
+    "pad": "axes get entries at their ends",
+    "create": "made from sizes, or like its first operand; new axes of a constant, or its axes",
+    "embedding": "rows of the first operand at the places in the second: its axes, then the row's",
+    "gather": "entries along `dim` at the places in `index`; all other axes stay",
+    "index_select": "entries along `dim` at the places in the vector `index`",
+    "index": "entries at the places in `indices`, or writes at places: then the axes of what is written to",
+    "match_tokens": "see `paretorch.ir.ops.tokens`",
+    "merge_tokens": "see `paretorch.ir.ops.tokens`",
+    "source_map": "see `paretorch.ir.ops.tokens`",
+    "weigh_tokens": "see `paretorch.ir.ops.tokens`",
+    "scalar": "a number, or one output of an op with several",
+}
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -31,21 +81,22 @@ class Op:
     """One row.
 
     name: as printed; targets: the overloads it covers, the first is the one that builders emit.
-    flops: (node) -> count, an int or sympy expression, a fused multiply-add is two. bytes: (node) -> bytes read and written.
-    axes: name of the axis rule in `ir/analyze/axes.py` that says how dimensions pass through ("pointwise", "linear", "view", …);
-    None stops token-axis rewrites at this op. moves_data: False if it only re-describes its input (view, transpose, …).
-    triton: text with {0}, {1}, … for the operands of an elementwise op. onnx: the ONNX op that it becomes.
+    kind: a key of KINDS. flops: (node) -> count, an int or sympy expression in the graph's symbols, a fused multiply-add is two.
+    bytes: (node) -> bytes read and written. axes: a key of AXES; None stops token-axis rewrites at this op.
+    moves_data: False if it only re-describes its input (view, transpose, …).
+    triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option.
+    onnx: the ONNX op that it becomes, or an emitter of `codegen/onnx/`.
     """
 
     name: str
     targets: tuple[Target, ...]
-    kind: str  # the class of price curve: "elementwise", "matrix", "convolution", "attention", "row", "reduce", "gather", "copy", "view", "scalar"
+    kind: str
     flops: Callable[[Node], Any]
     bytes: Callable[[Node], Any]
     axes: str | None = None
     elementwise: bool = False
     commutative: bool = False
-    triton: str | Missing = Missing("not an elementwise op")
+    triton: str | dict[str, str] | Missing = Missing("not an elementwise op")
     onnx: str | Missing = Missing("runs as torch")
     source: str = ""
 
@@ -59,7 +110,9 @@ _BY_TARGET: dict[Target, Op] = {}
 
 
 def define(op: Op) -> Op:
-    """Add a row. Raises RuleError if its name or one of its overloads already has one."""
+    """Add a row. Raises RuleError if its name or one of its overloads already has one, or its kind or axis rule is unknown."""
+    if op.kind not in KINDS or (op.axes is not None and op.axes not in AXES):
+        raise RuleError(f"the row of {op.name} has kind {op.kind!r} and axis rule {op.axes!r}; known: {', '.join(KINDS)}; {', '.join(AXES)}")
     taken = op.name in OPS or any(target in _BY_TARGET for target in op.targets)
     if taken:
         raise RuleError(f"the op table already has a row for {op.name} or for one of {[str(t) for t in op.targets]}")

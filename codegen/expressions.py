@@ -1,0 +1,165 @@
+"""Triton text of one node, from the op table's `triton` column.
+
+Values are held in their compute type: f32 for floats up to f32, f64 for f64, integers and truths as they are. Operands are converted as torch
+promotes them.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from paretorch.ir.graph import arguments
+from paretorch.ir.ops import Missing, is_op, op_of
+from paretorch.ir.types import DTYPE_NAMES
+
+TRITON_TYPES = {
+    "f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i64": "i64", "i32": "i32", "i16": "i16", "i8": "i8", "u8": "u8", "bool": "i1",
+}  # fmt: skip
+LANGUAGE_TYPES = {
+    "f64": "tl.float64", "f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16",
+    "i64": "tl.int64", "i32": "tl.int32", "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1",
+}  # fmt: skip
+CONDITIONS = ("condition", "mask")  # arguments of these names stay truths
+RESERVED = {
+    "tl",
+    "triton",
+    "torch",
+    "place",
+    "inside",
+    "count",
+    "row",
+    "column",
+    "width",
+    "eps",
+    "mean",
+    "centred",
+    "square",
+    "shape",
+    "launch",
+    "BLOCK",
+}
+
+
+def dtype_of(node: Node) -> str:
+    """The key of DTYPES; "" if the node makes no single tensor."""
+    value = node.meta.get("val")
+    return DTYPE_NAMES[value.dtype] if isinstance(value, Tensor) else ""
+
+
+def compute_type(dtype: str) -> str:
+    """The type in which values of this dtype are held."""
+    return "f32" if dtype in ("f16", "bf16") else dtype
+
+
+def not_expressible(node: Node) -> str | None:
+    """None if the node has Triton text; otherwise a sentence."""
+    op = op_of(node)
+    if op is None:
+        return f"{node.name} ({node.target}) has no row in the op table"
+    if dtype_of(node) not in TRITON_TYPES or any(dtype_of(argument) not in TRITON_TYPES for argument in node.all_input_nodes):
+        return f"{node.name} computes with a type that the templates do not hold"
+    if is_op(node, "to"):
+        return None
+    if not op.elementwise:
+        return f"{node.name} ({op.name}) is not elementwise"
+    text = _text(node)
+    if isinstance(text, Missing):
+        return f"{op.name} has no Triton text: {text.reason}"
+    if is_op(node, "logical_not", "logical_and", "logical_or") and any(dtype_of(argument) != "bool" for argument in node.all_input_nodes):
+        return f"{node.name} ({op.name}) is of numbers; its Triton text is for truths"
+    return _leftover(node, text)
+
+
+def _leftover(node: Node, text: str) -> str | None:
+    """Why not, if the text leaves an argument unused that is not at its default, or an operand is no value and no number."""
+    used = {int(place) for place in re.findall(r"\{(\d+)\}", text)}
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    for place, (argument, value) in enumerate(zip(schema, arguments(node).values(), strict=True)):
+        if place in used and not isinstance(value, (Node, int, float)):
+            return f"{node.name} has {argument.name}={value}; its Triton text takes a value or a number there"
+        if place not in used and not isinstance(value, str) and value != argument.default_value:
+            return f"{node.name} has {argument.name}={value}, which its Triton text leaves out"
+    return None
+
+
+def _text(node: Node) -> str | Missing:
+    """The column's text; where it depends on an option (gelu's approximate), that of this node's."""
+    op = op_of(node)
+    assert op is not None  # not_expressible asked
+    if isinstance(op.triton, dict):
+        option = next(value for value in arguments(node).values() if isinstance(value, str))
+        return op.triton.get(option, Missing(f"not for {option!r}"))
+    return op.triton
+
+
+def statement(node: Node, names: dict[Node, str]) -> str:
+    """ "y = x + 1.0" for a node that `not_expressible` lets pass; names: of the node and its operands."""
+    if is_op(node, "to"):
+        return f"{names[node]} = {_converted(names[node.all_input_nodes[0]], node.all_input_nodes[0], dtype_of(node))}"
+    held = compute_type(dtype_of(node))
+    if held == "bool":  # compared in the operands' common type
+        held = compute_type(DTYPE_NAMES[_promoted(node)])
+    operands = [_operand(value, names, "bool" if name in CONDITIONS else held) for name, value in arguments(node).items()]
+    return f"{names[node]} = {str(_text(node)).format(*operands)}"
+
+
+def _promoted(node: Node) -> torch.dtype:
+    """The type in which torch compares."""
+    values = [argument.meta["val"] if isinstance(argument, Node) else argument for argument in arguments(node).values()]
+    numbers = [value for value in values if isinstance(value, (Tensor, int, float))]
+    if len(numbers) == 1:
+        return numbers[0].dtype  # type: ignore[union-attr]
+    first, second = numbers[:2]
+    found: torch.dtype = torch.result_type(first, second)
+    return found
+
+
+def _operand(value: Any, names: dict[Node, str], held: str) -> str:
+    if not isinstance(value, Node):
+        return number(value) if isinstance(value, (int, float)) else ""  # not_expressible: the text has no place for it
+    return names[value] if compute_type(dtype_of(value)) == held else f"{names[value]}.to({LANGUAGE_TYPES[held]})"
+
+
+def _converted(name: str, source: Node, target: str) -> str:
+    """A cast as torch makes it: through the narrow type, and back to the type that values are held in."""
+    held = compute_type(target)
+    if target == "bool":
+        return f"{name} != 0"
+    if held != target and dtype_of(source) != target:
+        return f"{name}.to({LANGUAGE_TYPES[target]}).to({LANGUAGE_TYPES[held]})"
+    return name if compute_type(dtype_of(source)) == held else f"{name}.to({LANGUAGE_TYPES[held]})"
+
+
+def number(value: float) -> str:
+    """A number as source text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(int(value)) if isinstance(value, bool) else repr(value)
+
+
+def load(node: Node, name: str, offset: str, mask: str) -> str:
+    """ "x = tl.load(x_ptr + place, mask=inside).to(tl.float32)"."""
+    held = compute_type(dtype_of(node))
+    text = f"tl.load({name}_ptr{f' + {offset}' if offset else ''}{f', mask={mask}' if mask else ''})"
+    return f"{name} = {text}{'' if held == dtype_of(node) else f'.to({LANGUAGE_TYPES[held]})'}"
+
+
+def unique_names(nodes: Iterable[Node]) -> dict[Node, str]:
+    """A Python name for each node: its own where that is free."""
+    names: dict[Node, str] = {}
+    for node in nodes:
+        plain = re.sub(r"\W", "_", node.name)
+        taken = plain in RESERVED or keyword.iskeyword(plain) or re.fullmatch(r"(at_)?n\d+|.*_ptr", plain) is not None
+        name = f"{plain}_value" if taken else plain
+        while name in names.values():
+            name += "_"
+        names[node] = name
+    return names

@@ -1,0 +1,137 @@
+"""Kernels: a template with its slots filled for one region of a graph, as source that can be read, run, and compiled without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from base64 import b64decode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from hashlib import sha256
+from pathlib import Path
+from string import Template
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+from torch.fx import Node
+
+from paretorch.ir.errors import LoweringError, TargetError
+
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes that become one kernel. template: its name; reads: values from outside; writes: values that someone outside uses; all in graph order."""
+
+    template: str
+    nodes: tuple[Node, ...]
+    reads: tuple[Node, ...]
+    writes: tuple[Node, ...]
+
+    def __str__(self) -> str:
+        return f"{self.template}({', '.join(node.name for node in self.nodes)})"
+
+
+@dataclass(frozen=True)
+class KernelTemplate:
+    """text: the kernel with ${slots} for names and expressions, never control flow. legal: None, or why it cannot take a region.
+    schedules: (width of a row, or None) -> launch options, the first is the default."""
+
+    name: str
+    text: str
+    legal: Callable[[Region], str | None]
+    schedules: Callable[[int | None], tuple[dict[str, int], ...]]
+
+    def fill(self, **slots: str) -> str:
+        """The text with its slots filled; lines that are left empty by a slot are dropped."""
+        lines = Template(self.text).substitute(slots).splitlines()
+        return "\n".join(line for line in lines if line.strip()) + "\n"
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a compiler made of a kernel. spills: bytes (NVIDIA) or registers (AMD) that did not fit and went to memory."""
+
+    arch: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    binary: bytes
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A generated kernel. source: the whole file; region: its nodes as text; parameters: (name, Triton type) of each argument that is not constexpr."""
+
+    name: str
+    source: str
+    region: str
+    template: str
+    schedule: dict[str, int]
+    parameters: tuple[tuple[str, str], ...]
+
+    @cached_property
+    def module(self) -> ModuleType:
+        """The source as a module, with `launch` in it. Needs triton."""
+        path = Path(_folder().name) / f"{self.name}_{sha256(self.source.encode()).hexdigest()[:12]}.py"
+        path.write_text(self.source)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None  # a .py file always has a loader
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @property
+    def launch(self) -> Callable[..., object]:
+        """Takes the region's reads and returns its writes, one tensor or a tuple."""
+        found: Callable[..., object] = self.module.launch
+        return found
+
+    def compile(self, arch: str) -> Binary:
+        """Compile for an architecture, without a GPU. Raises TargetError for an unknown one, LoweringError if the compiler fails."""
+        return compile_kernels([self], [arch])[self.name, arch]
+
+
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    """Where sources stand that this process loads: triton reads a kernel's text from its file."""
+    return TemporaryDirectory(prefix="paretorch-kernels-")
+
+
+def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str] = ARCHITECTURES) -> dict[tuple[str, str], Binary]:
+    """Binaries by kernel name and architecture, all made in one process of their own, where triton's interpreter is off.
+
+    Raises TargetError if an architecture is unknown or the installed triton has no backend for it, LoweringError if a kernel does not compile.
+    """
+    unknown = [arch for arch in archs if arch not in ARCHITECTURES]
+    if unknown:
+        raise TargetError(f"no architecture named {unknown[0]!r}; known: {', '.join(ARCHITECTURES)}")
+    with TemporaryDirectory(prefix="paretorch-compile-") as folder:
+        jobs = []
+        for kernel in kernels:
+            path = Path(folder) / f"{kernel.name}.py"
+            path.write_text(kernel.source)
+            job = {"path": str(path), "kernel": kernel.name, "parameters": kernel.parameters, "schedule": kernel.schedule}
+            jobs += [{**job, "arch": arch} for arch in archs]
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        script = Path(__file__).with_name("cross_compile.py")
+        done = subprocess.run([sys.executable, str(script)], input=json.dumps(jobs), env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise LoweringError(f"the process that compiles kernels failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    binaries = {}
+    for found in json.loads(done.stdout.splitlines()[-1]):
+        if "no_backend" in found:
+            raise TargetError(f"the installed triton cannot compile for {found['arch']}: {found['no_backend']}")
+        if "error" in found:
+            raise LoweringError(f"{found['kernel']} does not compile for {found['arch']}: {found['error']}")
+        content = b64decode(found["binary"])
+        binaries[found["kernel"], found["arch"]] = Binary(
+            found["arch"], found["registers"], found["spills"], found["shared_bytes"], content
+        )
+    return binaries
