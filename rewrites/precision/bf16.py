@@ -3,12 +3,16 @@
 Lossy: eight bits of mantissa. Halves the bytes of weights and values, and on processors with bf16 products multiplies their rate. Sums inside
 products, norms and softmax stay f32, since the kernels keep them so; sizes of tokens and key biases stay f32 in the graph.
 
-The site "model" is everything downstream of the first product; the others are the blocks of the residual stream. Regions that touch share no casts.
+The site "model" is everything downstream of the first product; the others are the blocks of the residual stream, or where there is none the regions
+that ops without a row separate. Regions that touch share no casts. What feeds the products (integers, positions, angles of a rotary embedding, which
+are outer products) stays as it is, and so do opaque ops. Finite numbers beyond bf16's range, as in masks, are held at its ends, since -inf in a row
+of nothing else is NaN.
 Source: Kalamkar et al. 2019, arXiv:1905.12322.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -27,6 +31,7 @@ from paretorch.rewrites.rule import Knob, Lossy, Refusal, Rule, Site
 
 NAME = "bf16"
 MODEL = "model"
+SPAN = ".."  # between the first and the last node of a region that is no block
 PRODUCTS = ("matrix", "convolution", "attention")
 AS_THEY_ARE = ("match_tokens", "merge_tokens", "source_map", "log_size", "weigh_tokens", "getitem", "to")  # ops that keep f32 beside bf16
 KEPT = ("key_bias", "size")  # operands that stay f32
@@ -39,7 +44,7 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
     """The whole model, and each block of a residual stream that holds a product."""
     region = _reached(graph)
     if not region:
-        wide = [node for node in graph.calls if _is_product(node)]
+        wide = [node for node in graph.calls if _has_kind(node, *PRODUCTS)]
         reason = f"its {len(wide)} products do not compute in f32" if wide else "it has no matrix product, convolution or attention"
         yield Refusal(NAME, MODEL, f"nothing to gain: {reason}")
         return
@@ -49,6 +54,10 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
         for block in stream.blocks:
             if any(_is_product(by_name[name]) for name in block.nodes if name in by_name):
                 yield Site(block.name, origin_of(by_name[block.after]).path)
+    parts = _parts(region) if not any(stream.blocks for stream in facts.streams) else []
+    if len(parts) > 1:
+        for part in parts:
+            yield Site(f"{part[0].name}{SPAN}{part[-1].name}", origin_of(part[0]).path)
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
@@ -57,10 +66,13 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
         return graph
     graph = graph.copy()
     region = _reached(graph)
-    if site.name != MODEL:
+    if SPAN in site.name:
+        region = next((set(part) for part in _parts(region) if part[0].name == site.name.split(SPAN)[0]), set())
+    elif site.name != MODEL:
         region = _block(graph, site.name) & region
     if not region:
         raise PlanError(f"{NAME}: no f32 region is named {site.name} here; an earlier rewrite took it out")
+    region |= _between(graph, region)
     try:
         for node in graph.nodes:
             if node in region:
@@ -68,7 +80,7 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
         _widen(graph, region, site.name)
     except ShapeError as error:
         raise PlanError(f"{NAME} at {site.name}: {error}") from error
-    return graph.clean()
+    return _without_idle_casts(graph)
 
 
 def _is_float(value: Any) -> bool:
@@ -76,19 +88,47 @@ def _is_float(value: Any) -> bool:
 
 
 def _is_product(node: Node) -> bool:
+    """A product worth computing in fewer bits; one along an axis of length one only spreads values."""
     op = op_of(node)
-    return op is not None and op.kind in PRODUCTS and op.name not in AS_THEY_ARE and _is_float(node)
+    if op is None or op.kind not in PRODUCTS or op.name in AS_THEY_ARE or not _is_float(node):
+        return False
+    return op.kind != "matrix" or op.flops(node) != 2 * node.meta["val"].numel()
 
 
 def _reached(graph: Graph) -> set[Node]:
-    """Products in f32, and every f32 value computed from one."""
+    """Products in f32, and every f32 value that ops with a row compute from one."""
     region: set[Node] = set()
     for node in graph.calls:
-        downstream = any(argument in region for argument in node.all_input_nodes)
+        downstream = op_of(node) is not None and any(argument in region for argument in node.all_input_nodes)
         several = isinstance(node.meta.get("val"), (tuple, list)) and downstream
         if _is_product(node) or (downstream and _is_float(node)) or several:
             region.add(node)
     return region
+
+
+def _between(graph: Graph, region: set[Node]) -> set[Node]:
+    """What stands alone between this region and another that was narrowed before: the norm at the border of two blocks."""
+    found: set[Node] = set()
+    for node in graph.calls:
+        given = [argument for argument in node.all_input_nodes if _is_float(argument) and argument.op != "get_attr"]
+        from_half = bool(given) and all(argument in region or _half_source(argument) is not None for argument in given)
+        to_half = all(user in region or _takes_half(user) for user in node.users)
+        if from_half and to_half and op_of(node) is not None and _is_float(node) and not is_op(node, *AS_THEY_ARE):
+            found.add(node)
+    return found
+
+
+def _parts(region: set[Node]) -> list[list[Node]]:
+    """The connected parts of a region that hold a product, each in order of the graph."""
+    part_of: dict[Node, list[Node]] = {}
+    for node in sorted(region):
+        joined = [node]
+        for part in {id(part_of[argument]): part_of[argument] for argument in node.all_input_nodes if argument in part_of}.values():
+            joined = part + joined
+        for member in joined:
+            part_of[member] = joined
+    parts = {id(part): sorted(part) for part in part_of.values()}.values()
+    return sorted((part for part in parts if any(_is_product(node) for node in part)), key=lambda part: part[0])
 
 
 def _block(graph: Graph, name: str) -> set[Node]:
@@ -120,6 +160,7 @@ def _narrow(graph: Graph, node: Node, site: str) -> None:
         cast = {arg: _half(graph, arg, node, site) for arg in node.all_input_nodes if _is_float(arg) and names.get(id(arg)) not in KEPT}
         for arg, half in cast.items():
             node.replace_input_with(arg, half)
+        node.args, node.kwargs = torch.utils._pytree.tree_map_only(float, _in_range, (node.args, dict(node.kwargs)))
     node.meta["val"] = graph.evaluate(node.target, node.args, dict(node.kwargs))
 
 
@@ -129,16 +170,48 @@ def _half(graph: Graph, value: Node, before: Node, site: str) -> Node:
     held = graph.constant(value)
     if held is not None:
         if held not in _HALVES:
-            _HALVES[held] = held.clamp_min(LOWEST).to(torch.bfloat16)
+            _HALVES[held] = torch.where(held.isinf(), held, held.clamp(LOWEST, -LOWEST)).to(torch.bfloat16)
         return b.constant(f"{value.target}_bf16", _HALVES[held])
-    source = value.args[0] if is_op(value, "to") else None
-    if isinstance(source, Node) and isinstance(source.meta.get("val"), Tensor) and source.meta["val"].dtype == torch.bfloat16:
+    source = _half_source(value)
+    if source is not None:
         return source
     made = next((user for user in value.users if is_op(user, "to") and user.meta.get("rule") == NAME and user < before), None)
     if made is not None and made.meta["val"].dtype == torch.bfloat16:
         return made
-    is_mask = arguments(before).get("mask") is value
-    return b.call(aten("to.dtype"), (b.clamp(value, LOWEST) if is_mask else value, torch.bfloat16))
+    return b.call(aten("to.dtype"), (b.clamp(value, LOWEST) if _may_overflow(value, before) else value, torch.bfloat16))
+
+
+def _half_source(value: Node) -> Node | None:
+    """The bf16 value that this one is the wide copy of."""
+    source = value.args[0] if is_op(value, "to") else None
+    known = isinstance(source, Node) and isinstance(source.meta.get("val"), Tensor) and source.meta["val"].dtype == torch.bfloat16
+    return source if known else None  # type: ignore[return-value]
+
+
+def _in_range(number: float) -> float:
+    """The number, or where bf16 has no finite one of that size the end of its range."""
+    return number if math.isinf(number) else max(LOWEST, min(number, -LOWEST))
+
+
+def _may_overflow(value: Node, user: Node) -> bool:
+    """Whether numbers below bf16's range were written into this value, or a mask may bring them in as an input."""
+    sources = {value, *_closure(value, lambda node: () if _has_kind(node, *PRODUCTS) else node.all_input_nodes)}
+    numbers = [n for node in sources for n in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, float)]
+    if any(n < LOWEST and not math.isinf(n) for n in numbers):
+        return True
+    given = any(node.op == "placeholder" and _is_float(node) for node in sources)
+    return given and not any(n == -math.inf for n in numbers) and (arguments(user).get("mask") is value or _reaches_softmax(user))
+
+
+def _reaches_softmax(node: Node) -> bool:
+    """Whether a softmax reads this value, or one that pointwise ops and views alone compute from it."""
+    reached = {node, *_closure(node, lambda n: n.users if _has_kind(n, "elementwise", "view") else ())}
+    return any(is_op(n, "softmax", "log_softmax") for n in reached)
+
+
+def _has_kind(node: Node, *kinds: str) -> bool:
+    op = op_of(node)
+    return op is not None and op.kind in kinds
 
 
 def _widen(graph: Graph, region: set[Node], site: str) -> None:
@@ -155,9 +228,17 @@ def _widen(graph: Graph, region: set[Node], site: str) -> None:
             user.replace_input_with(node, wide)
 
 
+def _without_idle_casts(graph: Graph) -> Graph:
+    """Casts of a neighbouring region whose source has become what they make are gone."""
+    for node in graph.calls:
+        if _takes_half(node) and node.args[0].meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
+            graph.replace(node, node.args[0])  # type: ignore[arg-type]
+    return graph.clean()
+
+
 def _takes_half(user: Node) -> bool:
-    """A cast to bf16 that a neighbouring region put there."""
-    return is_op(user, "to") and user.meta.get("rule") == NAME
+    """A cast to bf16 that a region put there."""
+    return is_op(user, "to") and user.meta.get("rule") == NAME and user.meta["val"].dtype == torch.bfloat16
 
 
 def example(batch: int = 2, tokens: int = 9) -> Graph:
