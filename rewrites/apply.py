@@ -64,10 +64,8 @@ def sites_of(rule: Rule, graph: Graph, facts: Facts | None = None) -> tuple[list
     assert rule.sites is not None  # a rule without a pattern names its sites
     if facts is None:
         facts = NO_FACTS if rule.is_exact else analyze(graph)
-    sites, refusals = [], []
-    for found in rule.sites(graph, facts):
-        (sites if isinstance(found, Site) else refusals).append(found)  # type: ignore[attr-defined]
-    return sites, refusals
+    found = list(rule.sites(graph, facts))
+    return [site for site in found if isinstance(site, Site)], [refusal for refusal in found if isinstance(refusal, Refusal)]
 
 
 def apply_choice(rule: Rule, graph: Graph, site: str, knob: Knob) -> Graph:

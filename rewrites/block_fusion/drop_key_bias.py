@@ -65,11 +65,12 @@ def _refuses(linear: Node) -> str | None:
 def _varies_by_key(linear: Node, views: list[Node]) -> str | None:
     """Why the bias may differ between the keys of one row of scores; None if it is the same for all."""
     try:
-        value = torch.arange(_size(linear.meta["val"].shape[-1])).expand([_size(size) for size in linear.meta["val"].shape])
+        shape = [_size(size) for size in linear.meta["val"].shape]
+        value = torch.arange(shape[-1]).to(torch.int16).expand(shape)
         for view in views:
             args, kwargs = torch.fx.node.map_arg((view.args[1:], view.kwargs), lambda node: _size(node.meta["val"]))
-            sizes = [[_size(size) for size in arg] if isinstance(arg, (list, tuple)) else arg for arg in args]
-            value = view.target(value, *sizes, **kwargs) if not is_op(view, "view") else value.reshape(*sizes)  # type: ignore[operator]
+            sizes: list[Any] = [[_size(size) for size in arg] if isinstance(arg, (list, tuple)) else arg for arg in args]
+            value = view.target(value, *sizes, **kwargs) if not is_op(view, "view") else value.reshape(sizes[0])  # type: ignore[operator]
     except (RuntimeError, TypeError) as error:
         return f"the views between {linear.name} and its attention cannot be followed: {str(error).splitlines()[0]}"
     if bool((value == value.narrow(2, 0, 1)).all()):

@@ -62,10 +62,12 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     for linear in list(norm.users):
         b = Builder(graph, linear, origin=origin_of(linear), rule=NAME, site=site.name)
         _, weight, bias = arguments(linear).values()
+        rows = wide(graph, weight)
+        assert rows is not None  # sites said so
         sources = held(graph, weight, a["weight"], a.get("bias"), bias)
-        args = [norm, derive(b, f"{short(weight)}_scaled", NAME, sources[:2], partial(_scaled, wide(graph, weight), gain))]
+        args = [norm, derive(b, f"{short(weight)}_scaled", NAME, sources[:2], partial(_scaled, rows, gain))]
         if shift is not None or bias is not None:
-            make = partial(_shifted, wide(graph, weight), shift, wide(graph, bias))
+            make = partial(_shifted, rows, shift, wide(graph, bias))
             args.append(derive(b, f"{short(weight)}_shifted_bias", (NAME, shift is None), sources, make))
         graph.replace(linear, b.linear(*args))
     norm.args = (*norm.args[:2], None, None, a["eps"]) if is_op(norm, "layer_norm") else (*norm.args[:2], None, a["eps"])

@@ -48,7 +48,7 @@ def _chain(attention: Node) -> tuple[Node, Node] | None:
     project = only_user(joined) if joined is not None and is_op(joined, "view") else None
     if project is None or not is_op(project, "linear") or project.args[0] is not joined:
         return None
-    value: Node = viewed.args[0]  # type: ignore[assignment]
+    value: Node = viewed.args[0]
     heads, width = shape_of(attention)[1], shape_of(attention)[3]
     splits = shape_of(viewed)[2:] == (shape_of(turned)[1], width) and shape_of(viewed)[:2] == shape_of(value)[:2]
     return (value, project) if splits and shape_of(project.args[0])[-1] == heads * width else None  # type: ignore[arg-type]
