@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from paretorch.optimized import Optimized
 
 FORMAT = 1
+MEMBERS = frozenset(("plan.json", "report.json", "graph.txt", "weights.safetensors", "example.safetensors", "signature.json"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -93,11 +95,13 @@ def load(path: str | Path) -> Optimized:
     from paretorch.optimized import Optimized
 
     members, manifest = _read(Path(path))
-    graph = parse_graph(members["graph.txt"].decode(), load_tensors(members["weights.safetensors"]))
     example = load_tensors(members["example.safetensors"])
     inputs = tuple(example[f"input_{i}"] for i in range(len(example)))
+    graph = parse_graph(members["graph.txt"].decode(), load_tensors(members["weights.safetensors"]), inputs)
     program = Program.from_signature(members["signature.json"].decode(), graph, inputs)
-    runtime = RUNTIMES[manifest["runtime"]]
+    runtime = RUNTIMES.get(manifest.get("runtime"))
+    if runtime is None:
+        raise ArtifactError(f"{path} was made for the runtime {manifest.get('runtime')}, which this version does not have")
     refusal = runtime.refuses(graph)
     if refusal is not None:
         raise ArtifactError(f"{path} was made for the runtime {runtime.name}, which cannot be used here: {refusal}")
@@ -113,10 +117,14 @@ def _read(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         manifest = json.loads(members.pop("manifest.json"))
     except FileNotFoundError as error:
         raise ArtifactError(f"no file {path}") from error
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path} is not a saved result of paretorch, or it is damaged: {error}") from error
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{path} is not a saved result of paretorch: its manifest is a {type(manifest).__name__}; expected an object")
     if manifest.get("format") != FORMAT:
         raise ArtifactError(f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}: optimize the model again")
+    for name in MEMBERS - dict(manifest.get("sha256", {})).keys():
+        raise ArtifactError(f"{path} is damaged: its manifest has no sha256 of {name}; copy or save it again")
     for name, expected in manifest["sha256"].items():
         if name not in members or hashlib.sha256(members[name]).hexdigest() != expected:
             raise ArtifactError(f"{path} is damaged: {name} is missing or its sha256 is not {expected[:12]}…; copy or save it again")

@@ -119,7 +119,7 @@ class Report:
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        return json.dumps(asdict(self), indent=1)
 
     def to_html(self, path: str | Path) -> None:
         """Write one self-contained page. Raises ArtifactError if the path cannot be written."""

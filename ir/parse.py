@@ -30,7 +30,12 @@ _CONSTANT = re.compile(r"const (\S+?)(?: = (.+))? : (\S+?)(?: # ([0-9a-f]+))?$")
 _CALL = re.compile(r"([A-Za-z_]\w*) = ([\w:.]+)\((.*)\) : (.+)$")
 _WORD = re.compile(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?<![\w.])\w[\w.]*(?!\w*\s*=)""")  # or a string, which stays
 _NUMBERS = {"inf": math.inf, "nan": math.nan}
-_SIZES: tuple[tuple[int, ...], ...] = ((11, 13, 17, 19, 23, 29), (192, 320, 448, 704, 832, 1088), (4, 6, 10, 14, 22, 26), (2, 3, 5, 7, 9, 12))
+_SIZES: tuple[tuple[int, ...], ...] = (
+    (11, 13, 17, 19, 23, 29),
+    (192, 320, 448, 704, 832, 1088),
+    (4, 6, 10, 14, 22, 26),
+    (2, 3, 5, 7, 9, 12),
+)
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Div: operator.truediv,
     ast.Mod: operator.mod, ast.Pow: operator.pow,

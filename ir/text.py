@@ -187,7 +187,11 @@ def op_name(node: Node) -> str:
     """The row's name for its first overload, row.overload for another of its overloads, namespace::op.overload without a row."""
     op, target = op_of(node), node.target
     if op is None:
-        return f"{target._schema.name}.{target._overloadname}" if hasattr(target, "_schema") else f"python::{getattr(target, '__name__', target)}"
+        return (
+            f"{target._schema.name}.{target._overloadname}"
+            if hasattr(target, "_schema")
+            else f"python::{getattr(target, '__name__', target)}"
+        )
     if target is op.targets[0] or getattr(target, "__module__", "") == operator.__name__:
         return op.name
     packet, overload = target._schema.name.split("::")[-1], target._overloadname

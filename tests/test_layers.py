@@ -52,5 +52,7 @@ def test_sizes(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= FILE_LINES, f"{path.name} has {text.count(chr(10))} lines"
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    long = [f"{node.name}: {node.end_lineno - node.lineno + 1}" for node in functions if (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES]
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1}" for node in functions if (node.end_lineno or 0) - node.lineno >= FUNCTION_LINES
+    ]
     assert not long, f"functions of {path.name} with more than {FUNCTION_LINES} lines: {', '.join(long)}"
