@@ -21,13 +21,13 @@ NOT_CURVES = (
     "add_out",
     "cold",
     "convolution_norm",
-)  # they set a share or an overhead
+)  # each sets a share or an overhead
 WHOLE = {probe.curve for probe in PROBES if not probe.narrowed}  # curves whose samples hold the handing out of a whole result
 SERVES = {probe.curve: (probe.curve, *probe.serves) for probe in PROBES}
 UNFUSED = 0.8  # a share of a pass above this is noise around one
 FREE = 1e30  # bytes per second of what is not executed
 LEAST = 0.1  # what is left at least when an overhead is taken off a sample
-STRIDED = 0.4  # where permuting costs less than this share of copying, views are not executed
+STRIDED = 0.2  # where permuting costs less than this share of copying, views are not executed
 
 
 def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[str, str], Rates]:
@@ -37,17 +37,32 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
         groups.setdefault((sample.runtime, sample.dtype), []).append(sample)
     found = {}
     for (runtime, dtype), group in groups.items():
-        plain = groups.get((runtime, "f32"), group)
-        out = _output_s_per_byte(plain)
-        group = [replace(s, seconds=max(s.seconds - out * s.amount / 2, LEAST * s.seconds)) if s.curve in WHOLE else s for s in group]
-        curves = _curves(group)
+        curves = _curves(_without_output(group, groups.get((runtime, "f32"), group)))
         if "matrix" in curves and "elementwise" in curves:
-            found[runtime, dtype] = replace(_rates(group, plain, curves), output_s_per_byte=out)
+            found[runtime, dtype] = replace(_traits(groups.get((runtime, "f32"), group)), curves=curves)
     for name, base in derived.items():
         for (runtime, dtype), rates in list(found.items()):
             if runtime == base:
                 found[name, dtype] = _compiled(rates)
     return found
+
+
+def _traits(plain: list[Sample]) -> Rates:
+    """What a runtime does at every dtype, from its samples at f32: overheads, and what it fuses."""
+    group = _without_output(plain, plain)
+    curves = _curves(group)
+    launch = next((s.seconds for s in plain if s.curve == "dispatch"), 0.0)
+    strided = _is_strided(plain)
+    shares = _shares(group, curves, strided) if "elementwise" in curves else {}
+    out, cold = _output_s_per_byte(plain), _cold(plain)
+    return replace(Rates({}, launch, strided=strided, view_s=launch, cold_s_per_byte=cold, output_s_per_byte=out), **shares)
+
+
+def _without_output(group: list[Sample], plain: list[Sample]) -> list[Sample]:
+    """The samples without the handing out of whole results; those of copies without the permutation that a runtime without strides executes."""
+    out, strided = _output_s_per_byte(plain), _is_strided(plain)
+    kept = [s for s in group if strided or s.curve != "clone"]
+    return [replace(s, seconds=max(s.seconds - out * s.amount / 2, LEAST * s.seconds)) if s.curve in WHOLE else s for s in kept]
 
 
 def _compiled(eager: Rates) -> Rates:
@@ -71,24 +86,16 @@ def _curves(group: Iterable[Sample]) -> dict[str, Curve]:
     return {"view": Curve.constant(FREE), **{name: Curve.of(found) for name, found in points.items()}}
 
 
-def _rates(group: list[Sample], plain: list[Sample], curves: dict[str, Curve]) -> Rates:
-    launch = next((s.seconds for s in plain if s.curve == "dispatch"), 0.0)
-    strided = _is_strided(group)
-    if not strided:
-        curves.pop("clone", None)  # its probe measured the permutation before it, which has a curve of its own
-    shares = _shares(group, curves["elementwise"], curves.get("batch_norm", curves["elementwise"]))
-    return Rates(curves, launch, **shares, strided=strided, view_s=launch, cold_s_per_byte=_cold(plain))
-
-
 def _is_strided(group: Iterable[Sample]) -> bool:
     """Whether the largest permutation cost much less than the copy of one."""
     slowest = {name: max((s.seconds for s in group if s.curve == name), default=0.0) for name in ("permute", "clone")}
     return slowest["permute"] <= STRIDED * slowest["clone"]
 
 
-def _shares(group: list[Sample], passes: Curve, norm: Curve) -> dict[str, float]:
+def _shares(group: list[Sample], curves: dict[str, Curve], strided: bool) -> dict[str, float]:
     """The shares of `Rates` by name, each from a chain with and without its pointwise ops; 1 where the chain was not measured."""
     total = {s.curve: s for s in group}
+    passes, norm = curves["elementwise"], curves.get("batch_norm", curves["elementwise"])
 
     def seconds(nbytes: float) -> float:
         return nbytes / passes((nbytes,))
@@ -115,19 +122,15 @@ def _shares(group: list[Sample], passes: Curve, norm: Curve) -> dict[str, float]
         one = CONVOLVED_POSITIONS * CONVOLVED * DTYPES[plain.dtype].itemsize
         extra = total["convolution_norm"].seconds - 2 * plain.seconds
         filtered = share(extra, 2 * (2 * one / norm((2 * one,)) + seconds(3 * one) + seconds(2 * one)))
-    return {
-        "chained": chained,
-        "epilogue": epilogue,
-        "into_row": into_row,
-        "filtered": filtered,
-        "beside_attention": _beside_attention(group),
-    }
+    beside = 1.0 if strided else _beside_attention(group)
+    # what a runtime fuses behind a product it fuses behind a convolution, too
+    return {"chained": chained, "epilogue": epilogue, "into_row": into_row, "filtered": min(filtered, epilogue), "beside_attention": beside}
 
 
 def _beside_attention(group: list[Sample]) -> float:
     """What moves around attention still cost of what they cost alone."""
     whole = next((s for s in group if s.curve == "packed"), None)
-    alone = next((s for s in group if s.curve == "attention" and whole is not None and s.at == whole.at), None)
+    alone = next((s for s in group if s.curve == "attention" and s.at == (BATCH * HEADS, TOKENS)), None)
     curves = _curves(s for s in group if s.curve in ("permute", "slice"))
     if whole is None or alone is None or not {"permute", "slice"} <= curves.keys():
         return 1.0
