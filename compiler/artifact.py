@@ -99,7 +99,7 @@ def load(path: str | Path) -> Optimized:
     inputs = tuple(example[f"input_{i}"] for i in range(len(example)))
     graph = parse_graph(members["graph.txt"].decode(), load_tensors(members["weights.safetensors"]), inputs)
     program = Program.from_signature(members["signature.json"].decode(), graph, inputs)
-    runtime = RUNTIMES.get(manifest.get("runtime"))
+    runtime = RUNTIMES.get(str(manifest.get("runtime")))
     if runtime is None:
         raise ArtifactError(f"{path} was made for the runtime {manifest.get('runtime')}, which this version does not have")
     refusal = runtime.refuses(graph)

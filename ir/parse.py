@@ -137,7 +137,7 @@ class _Parser:
 
     def _fake(self, name: str, type_: Type, text: str) -> Any:
         if isinstance(type_, ScalarType):
-            return {"int": lambda: symbol_of(self.result, name), "float": lambda: 0.5, "bool": lambda: True}[type_.kind]()
+            return symbol_of(self.result, name) if type_.kind == "int" else {"float": 0.5, "bool": True}[type_.kind]
         if not isinstance(type_, TensorType):
             raise self._fault(f"the input {name} is {text}; expected a tensor or a number")
         sizes = [self._value(self._python(size)) for size in split_top_level(text[text.index("[") + 1 : -1])]

@@ -122,7 +122,8 @@ class _Printer:
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             return [self.value(arg) for arg in node.args]
-        positional, named = [], {}
+        positional: list[str] = []
+        named: dict[str, str] = {}
         for i, parameter in enumerate(schema.arguments):
             given = i < len(node.args) or parameter.name in node.kwargs
             value = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name)
@@ -185,13 +186,12 @@ def _plain_names(graph: Graph) -> dict[Node, str]:
 
 def op_name(node: Node) -> str:
     """The row's name for its first overload, row.overload for another of its overloads, namespace::op.overload without a row."""
-    op, target = op_of(node), node.target
+    op = op_of(node)
+    target: Any = node.target
+    if op is None and not hasattr(target, "_schema"):
+        return f"python::{getattr(target, '__name__', target)}"
     if op is None:
-        return (
-            f"{target._schema.name}.{target._overloadname}"
-            if hasattr(target, "_schema")
-            else f"python::{getattr(target, '__name__', target)}"
-        )
+        return f"{target._schema.name}.{target._overloadname}"
     if target is op.targets[0] or getattr(target, "__module__", "") == operator.__name__:
         return op.name
     packet, overload = target._schema.name.split("::")[-1], target._overloadname
