@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from statistics import median
+from typing import Any
 
 from paretorch.cost_model.curves import Calibration, Curve, Rates, Sample
 from paretorch.cost_model.device_rows import Device
@@ -53,7 +54,7 @@ def _traits(plain: list[Sample]) -> Rates:
     curves = _curves(group)
     launch = next((s.seconds for s in plain if s.curve == "dispatch"), 0.0)
     strided = _is_strided(plain)
-    shares = _shares(group, curves, strided) if "elementwise" in curves else {}
+    shares: dict[str, Any] = _shares(group, curves, strided) if "elementwise" in curves else {}
     out, cold = _output_s_per_byte(plain), _cold(plain)
     return replace(Rates({}, launch, strided=strided, view_s=launch, cold_s_per_byte=cold, output_s_per_byte=out), **shares)
 
