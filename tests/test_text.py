@@ -109,12 +109,13 @@ def everything(b: Builder, x: Any) -> Any:
     picked = call(aten("index.Tensor"), (x, [None, b.item(values, 1)]))
     gelu = call(aten("gelu.default"), (picked,), {"approximate": "tanh"})
     summed = call(torch.ops.aten.einsum.default, ("abc->ab", [gelu]))
-    rows = call(aten("sym_size.int"), (x, 0))
+    opaque = call(aten("logcumsumexp.default"), (summed, 0))  # has no row
+    rows = call(operator.pow, (call(aten("sym_size.int"), (x, 0)), 1))  # nor has this
     twice = call(operator.add, (call(operator.mul, (rows, 2)), 1))
     zeros = call(aten("full.default"), ([twice, 3], True), {"dtype": torch.bool})
     split = call(aten("split_with_sizes.default"), (x, [1, 3], 1))
     joined = b.cat([b.item(split, 1), b.item(split, 0)], 1)
-    return copied, summed, zeros, joined, None, rows, call(aten("mul.Tensor"), (joined, -1.5e-7)), call(aten("nonzero.default"), (mask,))
+    return copied, opaque, zeros, joined, None, rows, call(aten("mul.Tensor"), (joined, -1.5e-7)), call(aten("nonzero.default"), (mask,))
 
 
 @pytest.mark.parametrize("rows", ["5", "s0"])
