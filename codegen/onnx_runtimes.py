@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from paretorch.codegen.forms import lower
 from paretorch.codegen.onnx.export import LARGEST_INLINE, OnnxModel, to_onnx
 from paretorch.codegen.reduced import covers_products, half_node, without_reduced
 from paretorch.ir.errors import LoweringError
@@ -39,7 +38,7 @@ class OnnxRuntime:
         """Raises LoweringError."""
         from paretorch.codegen.onnx.session import OnnxSession
 
-        session = OnnxSession(_model(lower(graph, self.name)))
+        session = OnnxSession(_model(graph))
         return _refilled(graph, lambda inputs: session(inputs))
 
 
@@ -79,7 +78,7 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        model, folder = _model(lower(plain, self.name)), None
+        model, folder = _model(plain), None
         core = openvino.Core()
         try:
             if model.weight_bytes > LARGEST_INLINE:

@@ -1,7 +1,7 @@
 """Runtimes: what executes a graph. Each compiles a graph to a callable from flat tensors to a flat tuple.
 
 Nothing here changes global state beyond the call: threads are torch's, options are passed to sessions, inductor's settings are patched locally.
-Each runtime lowers the graph first: where an op has a form that is faster there (`forms.py`), it takes that form.
+A form of an op for one runtime alone had no place in it: measured on 2026-11-21 none was faster by more than the spread (`onnx/emitters.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paretorch.codegen.forms import lower
 from paretorch.codegen.onnx_runtimes import OnnxRuntime, OpenVino
 from paretorch.codegen.triton_runtime import TritonRuntime
 from paretorch.ir.errors import LoweringError
@@ -34,7 +33,7 @@ class Eager:
         return None
 
     def compile(self, graph: Graph, example_inputs: Sequence[Tensor]) -> Executable:
-        forward = plain_forward(lower(graph, self.name))
+        forward = plain_forward(graph)
 
         def execute(*inputs: Tensor) -> tuple[Any, ...]:
             with torch.no_grad():
@@ -66,7 +65,7 @@ class Inductor:
 
     def compile(self, graph: Graph, example_inputs: Sequence[Tensor]) -> Executable:
         """Raises LoweringError with inductor's reason."""
-        module = lower(graph, self.name).module()
+        module = graph.module()
         examples = [_marked(x.detach(), node.meta["val"]) for x, node in zip(example_inputs, graph.inputs, strict=True)]
         varies = is_dynamic(graph)
         options: Any = None if varies else {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}

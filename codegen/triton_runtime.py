@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from paretorch.codegen.forms import lower
 from paretorch.codegen.kernel import Kernel, Region
 from paretorch.codegen.regions import candidate_regions, is_schedulable
 from paretorch.codegen.triton_text import render
@@ -35,7 +34,7 @@ class TritonRuntime:
 
     def compile(self, graph: Graph, example_inputs: Sequence[Tensor]) -> Executable:
         """Raises LoweringError."""
-        module = with_kernels(lower(graph, self.name))[0]
+        module = with_kernels(graph)[0]
 
         def execute(*inputs: Tensor) -> tuple[Any, ...]:
             with torch.no_grad():

@@ -26,13 +26,20 @@ def register_caches() -> None:
     base = home.Cache
     for cls in [value for value in vars(home).values() if isinstance(value, type) and issubclass(value, base) and value is not base]:
         if cls not in pytree.SUPPORTED_NODES:
-            pytree.register_pytree_node(cls, take_apart, put_together, serialized_type_name=f"{HOME}.{cls.__name__}")
+            pytree.register_pytree_node(
+                cls, take_apart, put_together, serialized_type_name=f"{HOME}.{cls.__name__}", flatten_with_keys_fn=_with_keys
+            )
 
 
 def take_apart(cache: Any) -> tuple[list[Any], Any]:
     """(tensors, description)."""
     leaves: list[Any] = []
     return leaves, _describe(cache, leaves)
+
+
+def _with_keys(cache: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    leaves, description = take_apart(cache)
+    return [(pytree.SequenceKey(place), leaf) for place, leaf in enumerate(leaves)], description
 
 
 def put_together(leaves: Any, description: Any) -> Any:

@@ -294,9 +294,9 @@ def _signature(
     for spec in program.graph_signature.output_specs:
         is_constant = isinstance(spec.arg, ConstantArgument)
         if spec.kind == OutputKind.USER_OUTPUT:
-            outputs.append(("value", spec.arg.value) if is_constant else ("result", result))  # type: ignore[union-attr]
+            outputs.append(("value", spec.arg.value) if is_constant else ("result", result))
         result += not is_constant
-    return signature_of(forward, args, kwargs, fakes, program.call_spec.out_spec, outputs, _ranges(program))  # type: ignore[arg-type]
+    return signature_of(forward, args, kwargs, fakes, program.call_spec.out_spec, outputs, _ranges(program))
 
 
 def signature_of(

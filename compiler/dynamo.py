@@ -131,11 +131,7 @@ def _renamed(graph: Graph, given: Sequence[Any], model: nn.Module) -> Graph:
 def _with_all_inputs(graph: Graph, order: Sequence[int], example: Sequence[Tensor]) -> Graph:
     """The graph with one input per user tensor in the user's order; those that Dynamo dropped are there, unused."""
     made = dict(zip(order, graph.inputs, strict=True))
-    first = graph.nodes[0]
+    after = next(node for node in graph.nodes if node.op != "placeholder")
     for place, tensor in enumerate(example):
-        if place not in made:
-            made[place] = graph.input(f"unused_{place}", graph.fake(tensor))
-    for place in range(len(example)):
-        if made[place] is not first:
-            first.prepend(made[place])
+        after.prepend(made.get(place) or graph.input(f"unused_{place}", graph.fake(tensor)))
     return graph

@@ -33,6 +33,11 @@ class Leaf:
     symbols: tuple[str, ...] = ()
 
 
+def _leaf(path: str, is_tensor: bool, dtype: str, shape: list[int | None], value: Any, symbols: list[str]) -> Leaf:
+    """A leaf from its place in a file."""
+    return Leaf(path, is_tensor, dtype, tuple(shape), value, tuple(symbols))
+
+
 @dataclass
 class Signature:
     """parameters: (name, has default, kind) of the model's forward; order: names bound at capture, positional ones first.
@@ -106,7 +111,7 @@ class Signature:
             ) from error
         return cls(
             tuple((name, has, kind) for name, has, kind in body["parameters"]), tuple(body["positional"]), tuple(body["keywords"]), specs[0],
-            tuple(Leaf(*leaf[:3], tuple(leaf[3]), leaf[4], tuple(leaf[5])) for leaf in body["leaves"]), specs[1],
+            tuple(_leaf(*leaf) for leaf in body["leaves"]), specs[1],
             tuple((kind, value) for kind, value in body["outputs"]), body["defaults"],
             {name: (low, high) for name, (low, high) in body["ranges"].items()},
         )  # fmt: skip

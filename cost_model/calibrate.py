@@ -23,7 +23,7 @@ from paretorch.cost_model import fingerprint
 from paretorch.cost_model.curves import Calibration, Sample
 from paretorch.cost_model.devices import Device, cpu_model
 from paretorch.cost_model.measure import burst
-from paretorch.cost_model.panels import Panel, cache_bytes, compile_panels, forget_inputs
+from paretorch.cost_model.panels import Panel, cache_bytes, compile_panels, forget_inputs, near_cache_bytes
 from paretorch.cost_model.probes import DISPATCH, Probe, static_graph
 from paretorch.cost_model.rates import analytic, derive
 from paretorch.cost_model.work import Work, work_of
@@ -101,7 +101,7 @@ def calibrate(
         base = next(iter(sorted({runtime for runtime, _ in rates})))
         rates |= {(name, dtype): found for (runtime, dtype), found in rates.items() if runtime == base}
         facts[f"{name} not measured"] = f"the rates of {base} are used"
-    found = Calibration("this machine", rates, cache_bytes(), measured, facts, _bandwidth(measured))
+    found = Calibration("this machine", rates, cache_bytes(), measured, facts, _bandwidth(measured), near_cache_bytes())
     if device is not None:
         _refuse_contradiction(found, device, place)
     return found

@@ -68,7 +68,7 @@ class Rates:
     after a matrix product; filtered: after a convolution; into_row: before a reduction along rows; beside_attention: a view that is executed,
     between attention and the products around it.
     strided: views are not executed and cost view_s, and a copy is made only where a reshape needs it. cold_s_per_byte: further seconds for each
-    byte of weights that no cache holds. flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only;
+    byte of weights that no cache holds; warm_s_per_byte: of those that only the shared cache holds. flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only;
     measured curves contain it.
     """
 
@@ -83,6 +83,7 @@ class Rates:
     strided: bool = True
     view_s: float = 0.0
     cold_s_per_byte: float = 0.0
+    warm_s_per_byte: float = 0.0
     flops_per_s: float = math.inf
     output_s_per_byte: float = 0.0
 
@@ -109,7 +110,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Rates by (runtime, dtype) of a device, with the samples they were made from. cache_bytes: what caches hold of weights."""
+    """Rates by (runtime, dtype) of a device, with the samples they were made from. cache_bytes: what caches hold of weights;
+    near_cache_bytes: what a core's own cache does.
+    """
 
     name: str
     rates: Mapping[tuple[str, str], Rates]
@@ -117,6 +120,7 @@ class Calibration:
     samples: tuple[Sample, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     bandwidth_bytes_per_s: float = 0.0
+    near_cache_bytes: float = math.inf
 
     def __str__(self) -> str:
         lines = [f"calibration of {self.name}", *(f"  {name}: {value}" for name, value in self.facts.items())]

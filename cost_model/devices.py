@@ -168,15 +168,20 @@ def cpu_model() -> str:
 
 
 @cache
-def shared_cache_bytes() -> float | None:
-    """The size of the largest cache of the first core; None where the system does not tell."""
+def cache_sizes() -> tuple[float, ...]:
+    """Bytes of the caches of the first core, smallest first; empty where the system does not tell."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
         if text and text[:-1].isdigit() and text[-1] in units:
             sizes.append(float(text[:-1]) * units[text[-1]])
-    return max(sizes, default=None)
+    return tuple(sorted(sizes))
 
 
-__all__ = ["DEVICES", "Device", "Target", "cpu_features", "cpu_model", "known_targets", "shared_cache_bytes"]
+def shared_cache_bytes() -> float | None:
+    """The size of the largest cache; None where the system does not tell."""
+    return cache_sizes()[-1] if cache_sizes() else None
+
+
+__all__ = ["DEVICES", "Device", "Target", "cache_sizes", "cpu_features", "cpu_model", "known_targets", "shared_cache_bytes"]

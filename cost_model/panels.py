@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paretorch.cost_model.devices import shared_cache_bytes
+from paretorch.cost_model.devices import cache_sizes, shared_cache_bytes
 from paretorch.cost_model.probes import DISPATCH, GPU_PROBES, PROBES, TINY_ROWS, Probe, cold_probe, panel
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
@@ -52,6 +52,11 @@ def forget_inputs() -> None:
 def cache_bytes() -> float:
     """What this machine's largest cache holds."""
     return shared_cache_bytes() or LARGEST_COLD_BYTES
+
+
+def near_cache_bytes() -> float:
+    """What the largest cache that a core has to itself holds: the last but one."""
+    return cache_sizes()[-2] if len(cache_sizes()) > 1 else float("inf")
 
 
 def compile_panels(runtimes: Mapping[str, Runtime], thorough: bool, place: str, problems: dict[str, str]) -> list[Panel]:

@@ -30,10 +30,11 @@ CACHED_SHARE = 0.5  # weights begin to leave a cache when they fill this share o
 
 @dataclass(frozen=True)
 class _Context:
-    """What the price of a node depends on beside its types. cold: share of the weights' bytes that come from memory."""
+    """What the price of a node depends on beside its types. cold, warm: shares of weights that come from memory, or from the shared cache at best."""
 
     runtime: str
     cold: float
+    warm: float
 
 
 class Prices:
@@ -53,7 +54,7 @@ class Prices:
 
     def graph_cost(self, graph: Graph, runtime: str) -> Cost:
         """Predicted cost of one call of the whole graph, at the example's sizes. Raises TargetError for a runtime without rates."""
-        context = _Context(runtime, self._cold_share(weight_bytes(graph)))
+        context = self._context(runtime, weight_bytes(graph))
         rates = self.rates(runtime, "f32")
         total = Cost(rates.call_s + rates.output_s_per_byte * output_bytes(graph))
         for node in graph.calls:
@@ -62,7 +63,7 @@ class Prices:
 
     def node_cost(self, node: Node, runtime: str) -> Cost:
         """Predicted cost of one node where it stands in its graph, with weights that are in a cache."""
-        return self._cost(node, _Context(runtime, 0.0))
+        return self._cost(node, _Context(runtime, 0.0, 0.0))
 
     def peak_memory(self, graph: Graph) -> int:
         """Bytes of weights and of values that live at the same time, at the example's sizes."""
@@ -84,10 +85,8 @@ class Prices:
             low, high = (low, middle) if pays(middle) else (middle + 1, high)
         return low
 
-    def _cold_share(self, nbytes: float) -> float:
-        """The share of weights that is no longer in the cache when it is needed again: they are read in turn, so it rises steeply."""
-        begin = CACHED_SHARE * self.calibration.cache_bytes
-        return min(max((nbytes - begin) / begin, 0.0), 1.0) if begin < float("inf") else 0.0
+    def _context(self, runtime: str, nbytes: float) -> _Context:
+        return _Context(runtime, _missing(nbytes, self.calibration.cache_bytes), _missing(nbytes, self.calibration.near_cache_bytes))
 
     def _cost(self, node: Node, context: _Context) -> Cost:
         if kind_of(node) == "scalar":
@@ -107,8 +106,16 @@ class Prices:
             work = Work(("clone", "copy"), work.at, 0.0, work.bytes_moved, work.dtype)
         share = min((getattr(rates, name) for name in fused), default=1.0)
         cold = context.cold * rates.cold_s_per_byte * work.constant_bytes
+        if work.constant_bytes <= self.calibration.near_cache_bytes:  # the curves of larger weights were measured without that cache
+            cold += context.warm * rates.warm_s_per_byte * work.constant_bytes
         seconds = (_seconds(work, rates) + rates.launch_s) * share + cold
         return Cost(seconds, work.flops, work.bytes_moved * share, share)
+
+
+def _missing(nbytes: float, cache_bytes: float) -> float:
+    """The share of weights that has left a cache when it is needed again: they are read in turn, so it rises steeply."""
+    begin = CACHED_SHARE * cache_bytes
+    return min(max((nbytes - begin) / begin, 0.0), 1.0) if begin < float("inf") else 0.0
 
 
 def _seconds(work: Work, rates: Rates) -> float:

@@ -70,7 +70,7 @@ def weight(b: Builder, name: str, dtype: str, *shape: int) -> Node:
 
 
 def linears(width: int, count: int) -> Body:
-    """A chain of square linears, each with weights of its own, so that weights are met as cold as in a model of that size."""
+    """A chain of square linears, each with weights of its own."""
 
     def body(b: Builder, x: Node, dtype: str) -> Node:
         for _ in range(count):
@@ -204,6 +204,7 @@ def joined(b: Builder, x: Node, dtype: str) -> Node:
 
 
 BATCH, HEADS, TOKENS = 4, 6, 128
+WARM_WIDTH, WARM_COUNT = 384, 12  # weights of 7 MB at f32: together more than a core's own cache, each less
 TINY, TINY_ROWS, TINY_COUNT = 8, 2, 32
 NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
 CONVOLVED, CONVOLVED_POSITIONS = 32, 8 * 28 * 28
@@ -211,7 +212,7 @@ LINEAR = tuple(
     Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
     for width, count, rows in (
         (32, 4, (1, 32, 1024)), (128, 4, (1, 16, 128)), (128, 1, (1024,)),
-        (384, 6, (1, 8, 32)), (384, 1, (64, 128, 256, 1024)), (1024, 2, (1, 8)), (1024, 1, (64, 256)),
+        (384, 1, (1, 8, 32, 64, 128, 256, 1024)), (1024, 1, (1, 8, 64, 256)),
     )
 )  # fmt: skip
 ATTENTION = (
@@ -260,7 +261,8 @@ MOVES = (
     Probe("cat", "copy", joined, (TOKENS, 384), (1, 8), half=False),
     Probe("embedding", "gather", lookup, (TOKENS,), (1, 8), integers=4096, half=False),
 )  # fmt: skip
-PROBES = (*LINEAR, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
+WARM = (Probe("warm", "warm", linears(WARM_WIDTH, WARM_COUNT), (WARM_WIDTH,), (1, 64), WARM_COUNT, half=False),)
+PROBES = (*LINEAR, *WARM, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
 DISPATCH = Probe("dispatch", "dispatch", tiny_chain(TINY_COUNT), (TINY,), (TINY_ROWS,), TINY_COUNT, idle_rows=TINY_ROWS)
 GPU_PROBES = (
     Probe("linear4096", "matrix", linears(4096, 1), (4096,), (1, 128, 8192)),

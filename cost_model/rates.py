@@ -54,9 +54,10 @@ def _traits(plain: list[Sample]) -> Rates:
     curves = _curves(group)
     launch = next((s.seconds for s in plain if s.curve == "dispatch"), 0.0)
     strided = _is_strided(plain)
-    shares: dict[str, Any] = _shares(group, curves, strided) if "elementwise" in curves else {}
-    out, cold = _output_s_per_byte(plain), _cold(plain)
-    return replace(Rates({}, launch, strided=strided, view_s=launch, cold_s_per_byte=cold, output_s_per_byte=out), **shares)
+    further: dict[str, Any]
+    shares = _shares(group, curves, strided) if "elementwise" in curves else {}
+    further = {f"{name}_s_per_byte": _further(plain, name) for name in ("cold", "warm")}
+    return replace(Rates({}, launch, strided=strided, view_s=launch, output_s_per_byte=_output_s_per_byte(plain)), **further, **shares)
 
 
 def _without_output(group: list[Sample], plain: list[Sample]) -> list[Sample]:
@@ -93,7 +94,7 @@ def _is_strided(group: Iterable[Sample]) -> bool:
     return slowest["permute"] <= STRIDED * slowest["clone"]
 
 
-def _shares(group: list[Sample], curves: dict[str, Curve], strided: bool) -> dict[str, float]:
+def _shares(group: list[Sample], curves: dict[str, Curve], strided: bool) -> dict[str, Any]:
     """The shares of `Rates` by name, each from a chain with and without its pointwise ops; 1 where the chain was not measured."""
     total = {s.curve: s for s in group}
     passes, norm = curves["elementwise"], curves.get("batch_norm", curves["elementwise"])
@@ -141,11 +142,11 @@ def _beside_attention(group: list[Sample]) -> float:
     return min(max((whole.seconds - alone.seconds) / (sum(permuted) + unbound), 0.0), 1.0)
 
 
-def _cold(plain: list[Sample]) -> float:
-    """Further seconds per byte of weights that are read from memory instead of a cache; from f32, for all dtypes."""
+def _further(plain: list[Sample], name: str) -> float:
+    """Seconds per byte of weights that a chain of many linears takes beyond linears whose weights stay in place; from f32, for all dtypes."""
     matrix, extras = _curves(plain).get("matrix"), []
     for sample in plain:
-        if sample.curve == "cold" and matrix is not None:
+        if sample.curve == name and matrix is not None:
             rows, width = sample.at
             extras.append((sample.seconds - 2 * rows * width**2 / matrix(sample.at)) / (width**2 * DTYPES[sample.dtype].itemsize))
     return max(median(extras), 0.0) if extras else 0.0

@@ -24,9 +24,7 @@ from paretorch.ir.types import DTYPES, TensorType
 class Builder:
     """graph: edited in place; before: where new nodes go (at the end if None)."""
 
-    def __init__(
-        self, graph: Graph, before: Node | None = None, *, origin: Origin | None = None, rule: str = "", site: str = ""
-    ) -> None:
+    def __init__(self, graph: Graph, before: Node | None = None, *, origin: Origin | None = None, rule: str = "", site: str = "") -> None:
         self.graph, self.before = graph, before
         self.origin, self.rule, self.site = origin, rule, site
 

@@ -49,7 +49,8 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "weights go through relu": (lambda q, k, v: torch.relu(torch.softmax(q @ k.mT, -1) - 0.1) @ v, "go through sub"),
     "scores used besides": (lambda q, k, v: scores_and_more(q, k, v), "also used"),
     "scores of two masks that meet in an empty row": (
-        lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(v[:, :, None, :, 0] > 0, LOW) + k[:, :, None, :, 0], -1) @ v, "another mask hides keys too",
+        lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(v[:, :, None, :, 0] > 0, LOW) + k[:, :, None, :, 0], -1) @ v,
+        "another mask hides keys too",
     ),
 }  # fmt: skip
 

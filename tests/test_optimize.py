@@ -151,7 +151,7 @@ def test_a_metric_that_returns_nan(vit):
 
 
 def test_training_mode_and_misfits(vit):
-    model, inputs = vit
+    model, _ = vit
     with pytest.raises(InputError, match="training mode"):
         paretorch.optimize(nn.Linear(4, 4).train(), torch.randn(1, 4))
     with pytest.raises(InputError, match="does not accept"):

@@ -55,13 +55,18 @@ def _entries() -> dict[str, Callable[[], Entry]]:
             pixels(16),
         ),
         "clip_text": lambda: (t.CLIPTextModel(t.CLIPTextConfig(**TEXT, eos_token_id=2, bos_token_id=1)), ids()),
-        "gpt2": lambda: (t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)), {**ids(), **plain}),
+        "gpt2": lambda: (
+            t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)),
+            {**ids(), **plain},
+        ),
         "llama": lambda: (t.LlamaForCausalLM(t.LlamaConfig(**DECODER)), {**ids(), **plain}),
         "llama_cache": lambda: (t.LlamaForCausalLM(t.LlamaConfig(**DECODER)), {**ids(), "use_cache": True}),
         "qwen3": lambda: (t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER)), {**ids(), **plain}),
         "gemma3": lambda: (
             t.Gemma3ForCausalLM(
-                t.Gemma3TextConfig(sliding_window=4, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8, **DECODER)
+                t.Gemma3TextConfig(
+                    sliding_window=4, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8, **DECODER
+                )
             ),
             {**ids(), **plain},
         ),

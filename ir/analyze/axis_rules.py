@@ -18,7 +18,7 @@ from paretorch.ir.analyze.axis_rules_tokens import TOKEN_RULES
 from paretorch.ir.analyze.view_axes import view_dims
 from paretorch.ir.analyze.walk import Walk, nodes_in, place
 from paretorch.ir.graph import arguments
-from paretorch.ir.ops import op_of
+from paretorch.ir.ops import is_op, op_of
 from paretorch.ir.types import TupleType
 
 Rule = Callable[[Walk, Node], Any]
@@ -54,10 +54,12 @@ def reduce(walk: Walk, node: Node) -> Any:
         if axes is None or axes == []
         else [axis % len(dims) for axis in (axes if isinstance(axes, (list, tuple)) else [axes])]
     )
-    by_place = node.target.__name__.startswith("argmax")  # type: ignore[union-attr]
+    found = walk.type(node)
+    several = isinstance(found, TupleType) and getattr(found.items[1], "dtype", "") == "i64"  # max.dim and min.dim
+    taken = any(user.args[1] == 1 and user.users for user in node.users) if several else True
+    by_place = taken and (several or is_op(node, "argmax", "argmin"))
     walk.event(node, "pools", [dims[axis] for axis in gone], f"{place(node)} returns places along the axis" if by_place else "")
     kept: Dims = [() if axis in gone else dim for axis, dim in enumerate(dims) if axis not in gone or given.get("keepdim")]
-    found = walk.type(node)
     return [list(kept) for _ in found.items] if isinstance(found, TupleType) else kept
 
 

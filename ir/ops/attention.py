@@ -10,6 +10,7 @@ A row in which nothing is seen gives zeros.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from paretorch.ir.ops.costs import inputs_and_output, output
+from paretorch.ir.ops.costs import inputs_and_output, output, type_of_argument
 from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.table import Op, aten, define
 
@@ -85,9 +86,8 @@ LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
 
 def attention_flops(node: Node) -> Any:
     """2*Tq*Tk*D for the scores and 2*Tq*Tk*Dv for the values, for every query head; what the softmax adds is not counted."""
-    query, key = node.args[0].meta["val"], node.args[1].meta["val"]  # type: ignore[union-attr]
-    batch, heads, queries, width = query.shape
-    return 2 * batch * heads * queries * key.shape[-2] * (width + output(node).shape[-1])
+    query, key = type_of_argument(node, "query"), type_of_argument(node, "key")
+    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + output(node).shape[-1])
 
 
 define(Op(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from paretorch.ir.graph import arguments
 from paretorch.ir.types import TensorType, TupleType, Type, from_fake
 
 
@@ -45,6 +46,11 @@ def per_element(count: int) -> Callable[[Node], Any]:
 def per_input_element(count: int) -> Callable[[Node], Any]:
     """So many operations for each element of the first operand."""
     return lambda node: count * operands(node)[0].numel
+
+
+def type_of_argument(node: Node, name: str) -> TensorType:
+    """The type of the tensor that a call is given under that name of its schema."""
+    return tensors(value_type(arguments(node)[name]))[0]
 
 
 def inputs_and_output(node: Node) -> Any:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from paretorch.ir.graph import arguments
 from paretorch.ir.ops.attention import attention
-from paretorch.ir.ops.costs import inputs_and_output, output
+from paretorch.ir.ops.costs import inputs_and_output, output, type_of_argument
 from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.table import Missing, Op, define
 
@@ -81,10 +82,10 @@ LIBRARY.impl("local_attention", local_attention, "CompositeImplicitAutograd")
 
 def local_attention_flops(node: Node) -> Any:
     """As attention, over the keys that a block reads."""
-    query, given = node.args[0].meta["val"], node.kwargs  # type: ignore[union-attr]
+    query, given = type_of_argument(node, "query"), arguments(node)
     batch, heads, queries, width = query.shape
-    block: int = given.get("block", 64)  # type: ignore[assignment]
-    keys = given.get("sinks", 0) + given["left"] + block + given["right"]  # type: ignore[operator]
+    block: int = given["block"]
+    keys = given["sinks"] + given["left"] + block + given["right"]
     return 2 * batch * heads * ((queries + block - 1) // block * block) * keys * (width + output(node).shape[-1])
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from paretorch.ir.ops.costs import inputs_and_output, zero
-from paretorch.ir.ops.table import Op, aten, define
+from paretorch.ir.ops.table import Missing, Op, aten, define
 
 
-def _shape(name: str, overloads: str, axes: str, onnx: str, kind: str = "view") -> None:
+def _shape(name: str, overloads: str, axes: str | None, onnx: str | Missing, kind: str = "view") -> None:
     define(Op(
         name=name, targets=tuple(aten(overload) for overload in overloads.split()), kind=kind, flops=zero,
         bytes=zero if kind == "view" else inputs_and_output, axes=axes, onnx=onnx,
@@ -32,3 +32,17 @@ _shape("pad", "constant_pad_nd.default pad.default", "pad", "Pad", "copy")
 _shape("flip", "flip.default", "scan", "Slice", "copy")
 _shape("roll", "roll.default", "scan", "Concat", "copy")
 _shape("tril", "tril.default triu.default", "scan", "Trilu", "copy")
+_shape("unsafe_split", "unsafe_split.Tensor unsafe_split_with_sizes.default unsafe_chunk.default", "split", "Split")
+_shape("tensor_split", "tensor_split.sections tensor_split.indices", "split", "Split")
+_shape("tile", "tile.default", "repeat", "Tile", "copy")
+_shape("expand_as", "expand_as.default", None, "Expand")
+_shape("view_as", "view_as.default reshape_as.default", None, "Reshape")
+_shape("move_axes", "movedim.int movedim.intlist moveaxis.int moveaxis.intlist", None, "Transpose")
+_shape("swap_axes", "swapaxes.default swapdims.default", None, "Transpose")
+_shape("windows", "unfold.default", None, Missing("no ONNX op takes windows apart"))
+_shape("diagonal", "diagonal.default", None, Missing("spelled out: a lookup"))
+_shape("as_strided", "as_strided.default", None, Missing("reads storage, not values"))
+_shape("meshgrid", "meshgrid.indexing meshgrid.default", None, "Expand")
+_shape("pixel_shuffle", "pixel_shuffle.default", None, "DepthToSpace", "copy")
+_shape("pixel_unshuffle", "pixel_unshuffle.default", None, "SpaceToDepth", "copy")
+_shape("channel_shuffle", "channel_shuffle.default native_channel_shuffle.default", None, "Transpose", "copy")

@@ -112,7 +112,9 @@ _BY_TARGET: dict[Target, Op] = {}
 def define(op: Op) -> Op:
     """Add a row. Raises RuleError if its name or one of its overloads already has one, or its kind or axis rule is unknown."""
     if op.kind not in KINDS or (op.axes is not None and op.axes not in AXES):
-        raise RuleError(f"the row of {op.name} has kind {op.kind!r} and axis rule {op.axes!r}; known: {', '.join(KINDS)}; {', '.join(AXES)}")
+        raise RuleError(
+            f"the row of {op.name} has kind {op.kind!r} and axis rule {op.axes!r}; known: {', '.join(KINDS)}; {', '.join(AXES)}"
+        )
     taken = op.name in OPS or any(target in _BY_TARGET for target in op.targets)
     if taken:
         raise RuleError(f"the op table already has a row for {op.name} or for one of {[str(t) for t in op.targets]}")

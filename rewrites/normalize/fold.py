@@ -26,7 +26,7 @@ def fold(graph: Graph) -> Graph:
             continue
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
         with torch.no_grad():
-            result = node.target(*args, **kwargs)
+            result = _call(node.target, args, kwargs)
         if _is_small(result, args):
             values[node] = result
     for node in graph.calls:
@@ -54,8 +54,12 @@ def _constant(graph: Graph, node: Node, tensor: Tensor, made: dict[Any, list[Nod
     return alike[-1]
 
 
+def _call(target: Any, args: Any, kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+
+
 def _first_place(graph: Graph) -> Node:
-    return next(node for node in graph.fx.nodes if node.op != "placeholder")
+    return next(node for node in graph.nodes if node.op != "placeholder")
 
 
 def _is_foldable(node: Node, values: dict[Node, Any]) -> bool:

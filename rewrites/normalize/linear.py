@@ -22,6 +22,8 @@ def linear(graph: Graph) -> Graph:
             _to_linear(graph, node, turned)
         elif is_op(node, "view"):
             _around_linear(graph, node)
+        elif is_op(node, "add"):
+            _add_bias(graph, node)
     return graph.clean()
 
 
@@ -58,12 +60,26 @@ def _matrix(graph: Graph, weight: Node) -> Tensor | None:
     """The constant matrix [in, out] behind this node: itself, one of a batch of one, or the transpose of a constant [out, in]."""
     held = graph.constant(weight)
     if held is not None:
-        held = held[0] if held.ndim == 3 and held.shape[0] == 1 else held
+        while held.ndim > 2 and (held.shape[0] == 1 or held.stride(0) == 0):
+            held = held[0]
         return held if held.ndim == 2 else None
     if is_op(weight, "permute", "transpose") and tensor_type(weight).rank == 2 and order_of(weight) == [1, 0]:
         held = graph.constant(weight.args[0])
         return held.t() if held is not None else None
     return None
+
+
+def _add_bias(graph: Graph, node: Node) -> None:
+    """linear(x, W) + constant of the last axis -> linear with a bias."""
+    for product, other in (node.args[:2], node.args[1::-1]):
+        vector = graph.constant(other)
+        if vector is None or not is_op(product, "linear") or len(product.users) != 1 or node.kwargs:  # type: ignore[union-attr]
+            continue
+        given, type_ = arguments(product), tensor_type(product)  # type: ignore[arg-type]
+        if given["bias"] is None and vector.shape == type_.shape[-1:] and vector.dtype == product.meta["val"].dtype:  # type: ignore[union-attr]
+            made = Builder(graph, node, origin=origin_of(product)).linear(given["input"], given["weight"], other)  # type: ignore[arg-type]
+            graph.replace(node, made)
+            return
 
 
 def _around_linear(graph: Graph, node: Node) -> None:
