@@ -68,8 +68,8 @@ class Rates:
     after a matrix product; filtered: after a convolution; into_row: before a reduction along rows; beside_attention: a view that is executed,
     between attention and the products around it.
     strided: views are not executed and cost view_s, and a copy is made only where a reshape needs it. cold_s_per_byte: further seconds for each
-    byte of weights that no cache holds; warm_s_per_byte: of those that only the shared cache holds. flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only;
-    measured curves contain it.
+    byte of weights that no cache holds; warm_s_per_byte: of those that only the shared cache holds.
+    flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only; measured curves contain it.
     """
 
     curves: Mapping[str, Curve]
