@@ -1,7 +1,7 @@
 """Runtimes: what executes a graph. Each compiles a graph to a callable from flat tensors to a flat tuple.
 
 Nothing here changes global state beyond the call: threads are torch's, options are passed to sessions, inductor's settings are patched locally.
-A form of an op for one runtime alone had no place in it: measured on 2026-11-21 none was faster by more than the spread (`onnx/emitters.py`).
+No op has a form for one runtime alone: of those measured on 2026-11-21 none was faster by more than the spread (`onnx/emitters.py`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from paretorch.codegen.onnx.session import OnnxSession
 from paretorch.ir.builder import build
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
-from paretorch.ir.ops import OPS
+from paretorch.ir.ops import OPS, aten
 from paretorch.ir.types import TensorType, parse_type
 from tests.graphs import exported, zoo_graph
 from tests.zoo import make
@@ -83,6 +83,32 @@ def test_attention(opset: int, kv_heads: int) -> None:
     assert kinds.count("Attention") == (2 if opset == 23 else 0)  # plain and causal: where the op says all there is to say
     for case, a, b in zip(ATTENTIONS, graph.run(*inputs), OnnxSession(model)(inputs), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6, msg=case)
+
+
+def test_torch_attention_of_three_and_four_dimensions() -> None:
+    """Ordinary graphs that nobody normalised: one head without its axis, a mask, grouped heads, a varying batch."""
+    form = aten("scaled_dot_product_attention.default")
+
+    def outputs(b: Any, x: Any, mask: Any, query: Any, key: Any) -> tuple[Any, ...]:
+        return (
+            b.call(form, (x, x, x)),
+            b.call(form, (x, x, x, mask)),
+            b.call(form, (x, x, x, None, 0.0, True)),
+            b.call(form, (query, key, key), {"scale": 0.3, "enable_gqa": True}),
+        )
+
+    graph = build(
+        "torch",
+        outputs,
+        x=parse_type("f32[s0,5,6]"),
+        mask=parse_type("bool[s0,1,5]"),
+        query=parse_type("f32[2,4,5,6]"),
+        key=parse_type("f32[2,2,7,6]"),
+    )
+    model = to_onnx(graph)
+    for batch in (1, 3):
+        inputs = (torch.randn(batch, 5, 6), torch.rand(batch, 1, 5) > 0.3, torch.randn(2, 4, 5, 6), torch.randn(2, 2, 7, 6))
+        assert check_onnx(model, graph, inputs, 1e-5) <= 1e-5
 
 
 def test_emitters_are_those_that_the_op_table_names() -> None:

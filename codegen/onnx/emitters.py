@@ -60,12 +60,27 @@ def scaled_dot_product_attention(
     op: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, *,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """aten.scaled_dot_product_attention on [B,H,T,D]; dropout is left out, as in eval. Raises LoweringError for another rank."""
-    if not len(query.shape) == len(key.shape) == len(value.shape) == 4:
-        ranks = [len(x.shape) for x in (query, key, value)]
-        raise LoweringError(f"scaled_dot_product_attention with operands of {ranks} dimensions; the ONNX form takes four each")
+    """aten.scaled_dot_product_attention on [B,H,T,D], or [B,T,D] as one head, without dropout. Raises LoweringError for another rank."""
+    ranks = [len(x.shape) for x in (query, key, value)]
+    if ranks not in ([4, 4, 4], [3, 3, 3]):
+        raise LoweringError(f"scaled_dot_product_attention with operands of {ranks} dimensions; the ONNX form takes three or four each")
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return attention(op, query, key, value, attn_mask, scale=scale, right=0 if is_causal else -1)
+    right = 0 if is_causal else -1
+    if ranks[0] == 4:
+        return attention(op, query, key, value, attn_mask, scale=scale, right=right)
+    query, key, value = (_one_head(op, x) for x in (query, key, value))
+    if attn_mask is not None and len(attn_mask.shape) == 3:
+        attn_mask = _one_head(op, attn_mask)
+    return op.Squeeze(attention(op, query, key, value, attn_mask, scale=scale, right=right), op.Constant(value_ints=[1]))
+
+
+def _one_head(op: Any, x: Any) -> Any:
+    """[B,T,D] as [B,1,T,D], with its type: what emitters make has none of its own."""
+    import onnx_ir
+
+    found = op.Unsqueeze(x, op.Constant(value_ints=[1]))
+    found.shape, found.dtype = onnx_ir.Shape([x.shape[0], 1, *x.shape[1:]]), x.dtype
+    return found
 
 
 def total(op: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: int = -1) -> Any:
