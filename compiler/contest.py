@@ -16,7 +16,7 @@ from paretorch.ir.protocols import Executable, Measurement, Runtime
 
 ROUNDS = 12
 RACE_SECONDS = 12.0  # after which no new round begins
-CLOSE = 1.5  # runtimes predicted within this factor of the best are compiled and raced
+CLOSE = 3.0  # runtimes predicted within this factor of the best are compiled and raced
 CLOSE_TO_COMPILE = 1.25  # the same for runtimes whose compilation takes long
 SLOW_TO_COMPILE = ("inductor",)
 
