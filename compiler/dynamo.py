@@ -76,9 +76,12 @@ def from_dynamo(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     example = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     graph = _with_all_inputs(_renamed(inner.graph, given, model), [places[id(tensor)] for tensor in flat], example)
     known = {id(result): place for result, place in zip(results, places_of_results, strict=True)}
-    count = len(graph.outputs)
-    known |= {key: count + place for key, place in places.items() if key not in known}  # an input that is returned as it is
-    graph.set_outputs([*graph.outputs, *graph.inputs])
+    values = graph.outputs
+    for leaf in leaves:
+        if id(leaf) in places and id(leaf) not in known:  # an input that is returned as it is
+            known[id(leaf)] = len(values)
+            values.append(graph.inputs[places[id(leaf)]])
+    graph.set_outputs(values)
     outputs = [_place(leaf, known) for leaf in leaves]
     fakes = iter(node.meta["val"] for node in graph.inputs)
     given_leaves = pytree.tree_leaves((args, kwargs))

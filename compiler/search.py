@@ -127,6 +127,7 @@ def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
     for start in range(0, len(problem.candidates), GROUP):
         problem.stages.tell("measure sites", start, len(problem.candidates))
         if problem.stages.is_over:
+            _leave_unmeasured(problem, problem.candidates[start:])
             break
         group = [(c, knobs) for c in problem.candidates[start : start + GROUP] if (knobs := _usable_knobs(state, c, base_seconds))]
         middles = [knobs[len(knobs) // 2] for _, knobs in group]
@@ -141,6 +142,12 @@ def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
                 moves.append(Move(_choice(candidate, knob), saved, drift * max(saved, 1e-12) / max(middle[1], 1e-12)))
                 problem.record("not taken", moves[-1].choice, "other choices save more for the same loss", saved, drift)
     return moves
+
+
+def _leave_unmeasured(problem: Problem, candidates: Sequence[Candidate]) -> None:
+    for candidate in candidates:
+        choice = _choice(candidate, candidate.knobs[-1])
+        problem.record("not taken", choice, "the time limit had passed before it could be measured", None, None)
 
 
 def _usable_knobs(state: _State, candidate: Candidate, base_seconds: float) -> list[tuple[Knob, float]]:

@@ -187,7 +187,7 @@ def generated_inputs(spelling: Spelling, seed: int = 0) -> tuple[Tensor, ...]:
     key, value = (torch.randn(B, T, heads, D, generator=generator, dtype=torch.float64) for _ in range(2))
     keep = torch.ones(B, T, dtype=torch.bool)
     keep[0, T - 2 :] = False
-    keep[1, :] = seed % 2 == 0
+    keep[-1, :] = seed % 2 == 0
     return query, key, value, keep
 
 

@@ -217,6 +217,7 @@ def test_dynamos_graph_has_the_models_names_and_order(monkeypatch):
     model, inputs = OnlyDynamo().eval(), (torch.randn(4, 4), torch.randn(4, 4))
     program = capture(model, inputs)
     assert set(program.graph.constants) == {"layer.weight", "other.weight"}
+    assert len(program.graph.outputs) == 2, "of the inputs only those that the model returns are outputs"
     assert "captured by Dynamo, since torch.export: RuntimeError: not today" in program.notes[0]
     outputs_agree(program)
     found, expected = call(program, *inputs), model(*inputs)

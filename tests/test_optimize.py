@@ -1,6 +1,7 @@
 """The main job on tiny models: exact and budgeted plans, the result's interface, and the answers to wrong calls."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -79,6 +80,14 @@ def test_every_rule_has_its_say(budgeted):
     text = budgeted.explain()
     for rule in ("tome", "skip_block", "bf16", "sliding_window"):
         assert rule in text
+
+
+def test_what_there_was_no_time_for_is_said(vit):
+    model, inputs = vit
+    data = [torch.randn_like(inputs[0]) for _ in range(24)]
+    text = paretorch.optimize(model, inputs, target=TARGET, budget=Budget(drift=0.5), data=data, time_limit=0).explain()
+    for rule in ("tome", "skip_block", "bf16"):
+        assert re.search(rf"{rule} at .*the time limit had passed", text)
 
 
 def test_same_seed_same_evidence_same_plan(budgeted):

@@ -14,9 +14,10 @@ from paretorch.rewrites.normalize import normalize
 from paretorch.rewrites.normalize.attention import attention_refusals, raise_attention
 from paretorch.rewrites.normalize.heads import spelled
 from paretorch.rewrites.normalize.masks_join import Band, band_of
+from tests import spellings
 from tests.graphs import exported
 from tests.spelling_misses import NEAR_MISSES, MaskChain, chain_inputs
-from tests.spellings import CASTS, Generated, Plain, Spelling, all_spellings, chosen_spellings, generated_inputs, handwritten
+from tests.spellings import CASTS, LAYOUTS, Generated, Plain, Spelling, all_spellings, chosen_spellings, generated_inputs, handwritten
 from tests.tiny_transformers import make
 
 CHOSEN = chosen_spellings()
@@ -56,6 +57,21 @@ def test_generated(spelling: Spelling) -> None:
     for seed in (0, 1):
         inputs = generated_inputs(spelling, seed)
         assert_same(graph.run(*inputs)[0], Generated(spelling, casts=False)(*inputs))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_lengths(layout: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, heads and head width are all 4 and the batch is 4 or 1: axes are told apart by what happens to them."""
+    for name, size in (("B", batch), ("T", 4), ("H", 4), ("D", 4)):
+        monkeypatch.setattr(spellings, name, size)
+    spelling = Spelling("query", "added_left", layout, "expand", "by_hand")
+    inputs = generated_inputs(spelling)
+    graph = raise_attention(exported(Generated(spelling).eval(), inputs))
+    (node,) = attentions(graph)
+    assert [tuple(argument.meta["val"].shape) for argument in node.args[:2]] == [(batch, 4, 4, 4), (batch, 2, 4, 4)]
+    assert node.kwargs["right"] == 0
+    assert_same(graph.run(*inputs)[0], Generated(spelling)(*inputs))
 
 
 def test_there_are_enough() -> None:

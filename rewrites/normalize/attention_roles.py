@@ -39,7 +39,8 @@ def assign(scores: Dims, keys: Dim, query: Operand, key: Operand, value: Operand
     before = _before_shared(rows, shared, own) - by_channels  # a batch that keys lack: they are repeated for it
     groups = tuple(axis for axis in own if axis in query.axes and axis.size != 1 and axis not in before)
     shared = [axis for dim in rows for axis in dim if axis not in queries and axis not in groups and (axis in shared or axis in own)]
-    heads = _heads([axis for axis in shared if axis.size != 1], rows, by_channels)
+    inner = by_channels | _behind_single_batch(query) | _behind_single_batch(key) | _behind_single_batch(value)
+    heads = _heads([axis for axis in shared if axis.size != 1], rows, inner)
     batch = tuple(axis for axis in shared if axis not in heads)
     return _without_partial_batch(Roles(batch, heads, groups, queries, keys), masks)
 
@@ -62,6 +63,12 @@ def _before_shared(rows: Sequence[Dim], shared: Sequence[Axis], own: Sequence[Ax
     order = [axis for dim in rows for axis in dim]
     first = min((order.index(axis) for axis in shared), default=len(order))
     return {axis for axis in own if order.index(axis) < first}
+
+
+def _behind_single_batch(operand: Operand) -> set[Axis]:
+    """The axes of a value of four dimensions whose first is 1: that one is the batch, though views may have dropped it."""
+    is_single = len(operand.dims) == 4 and all(axis.size == 1 for axis in leaves(operand.dims[0]))
+    return operand.axes if is_single else set()
 
 
 def _heads(shared: Sequence[Axis], rows: Sequence[Dim], channels: set[Axis]) -> Dim:

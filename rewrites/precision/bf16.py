@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from paretorch.ir.analyze import Facts
 from paretorch.ir.builder import Builder
 from paretorch.ir.errors import PlanError, ShapeError
-from paretorch.ir.graph import Graph, arguments, origin_of
+from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import aten, is_op, op_of
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.rule import Knob, Lossy, Refusal, Rule, Site
@@ -92,7 +92,7 @@ def _is_product(node: Node) -> bool:
     op = op_of(node)
     if op is None or op.kind not in PRODUCTS or op.name in AS_THEY_ARE or not _is_float(node):
         return False
-    return op.kind != "matrix" or op.flops(node) != 2 * node.meta["val"].numel()
+    return op.kind != "matrix" or op.flops(node) != 2 * tensor_type(node).numel
 
 
 def _reached(graph: Graph) -> set[Node]:
