@@ -6,7 +6,7 @@ import io
 import json
 import platform
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +87,14 @@ class Report:
             plan_lines=tuple(str(plan).splitlines()[1:]),
             timings=_timings(measured),
             entries=tuple(session.ledger),
-            notes=(*session.program.notes, *session.notes, *(f"{name}: {why}" for name, why in session.lowering.failures.items())),
+            notes=_notes(session),
             stages=dict(session.stages.seconds),
             environment={"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()},
         )
+
+    def after(self, session: Session) -> Report:
+        """The same outcome with what the session has learnt since: verdicts, notes, seconds by stage."""
+        return replace(self, entries=tuple(session.ledger), notes=_notes(session), stages=dict(session.stages.seconds))
 
     @property
     def speedup(self) -> float | None:
@@ -139,6 +143,11 @@ class Report:
         parts += [Text(f"attention recognised: {self.attention} sites"), Text(f"seconds by stage: {stages}")]
         parts += [Text(f"note: {note}") for note in self.notes]
         return Group(*parts)
+
+
+def _notes(session: Session) -> tuple[str, ...]:
+    failures = (f"{name}: {why}" for name, why in session.lowering.failures.items())
+    return (*session.program.notes, *session.notes, *failures)
 
 
 def _timings(measured: dict[str, Measurement]) -> tuple[Timing, ...]:

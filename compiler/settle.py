@@ -86,7 +86,7 @@ def settle(session: Session, exact: Optimized, limit: float | None = None) -> Op
         return _hand_out(session, outcome, measured)
     if not hopeful:
         session.notes.append("no approximate plan was within the budget on the ranking data; the exact plan is returned")
-    return exact
+    return Optimized(session.program, exact.contender, exact.plan, exact.report.after(session), session)
 
 
 def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
