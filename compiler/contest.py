@@ -17,8 +17,9 @@ from paretorch.ir.protocols import Executable, Measurement, Runtime
 ROUNDS = 12
 RACE_SECONDS = 12.0  # after which no new round begins
 CLOSE = 3.0  # runtimes predicted within this factor of the best are compiled and raced
-CLOSE_TO_COMPILE = 1.25  # the same for runtimes whose compilation takes long
+CLOSE_TO_COMPILE = 1.15  # the same for runtimes whose compilation takes long, of the best one measured
 SLOW_TO_COMPILE = ("inductor",)
+LOSES = 1.3  # contenders this many times slower than the best run no further than the heats
 
 # Relative error (norm of the difference over norm) that rounding may make between two forms of the same function.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -66,9 +67,10 @@ class Lowering:
                 return None
         return self._done[key][1]
 
-    def forget(self, graph: Graph) -> None:
-        """Drop what was compiled from this graph."""
-        self._done = {key: value for key, value in self._done.items() if value[0] is not graph}
+    def keep_only(self, kept: Iterable[Contender]) -> None:
+        """Drop what lost: each compiled form holds a copy of the weights."""
+        executes = {id(contender.execute) for contender in kept}
+        self._done = {key: value for key, value in self._done.items() if id(value[1]) in executes}
 
 
 def _guarded(runtime: str, execute: Executable) -> Executable:
@@ -85,13 +87,24 @@ def _guarded(runtime: str, execute: Executable) -> Executable:
 
 
 def contenders(lowering: Lowering, variants: dict[str, Graph], predicted: dict[tuple[str, str], float]) -> list[Contender]:
-    """Compile what is predicted to be close to the best. predicted: seconds by (variant, runtime)."""
-    best = min(predicted.values(), default=0.0)
+    """Compile what is predicted to be close to the best, but for what takes long to compile. predicted: seconds by (variant, runtime)."""
+    quick = {key: seconds for key, seconds in predicted.items() if key[1] not in SLOW_TO_COMPILE} or predicted
+    best = min(quick.values(), default=0.0)
+    return _compiled(lowering, variants, {key: seconds for key, seconds in quick.items() if seconds <= CLOSE * best})
+
+
+def late_contenders(
+    lowering: Lowering, variants: dict[str, Graph], predicted: dict[tuple[str, str], float], best: float
+) -> list[Contender]:
+    """Compile what takes long only where it is predicted to come close to the best seconds that were measured: its most promising variant."""
+    slow = {key: seconds for key, seconds in predicted.items() if key[1] in SLOW_TO_COMPILE and seconds <= CLOSE_TO_COMPILE * best}
+    first = {runtime: min((seconds, variant) for (variant, name), seconds in slow.items() if name == runtime) for _, runtime in slow}
+    return _compiled(lowering, variants, {(variant, runtime): seconds for runtime, (seconds, variant) in first.items()})
+
+
+def _compiled(lowering: Lowering, variants: dict[str, Graph], predicted: dict[tuple[str, str], float]) -> list[Contender]:
     entered = []
     for (variant, runtime), seconds in sorted(predicted.items(), key=lambda item: (item[1], item[0])):
-        limit = CLOSE_TO_COMPILE if runtime in SLOW_TO_COMPILE else CLOSE
-        if seconds > limit * best:
-            continue
         execute = lowering.compile(variants[variant], runtime)
         if execute is not None:
             entered.append(Contender(variant, runtime, variants[variant], execute, seconds))
@@ -135,4 +148,4 @@ def run_race(
     if original is not None:
         calls["original"] = lambda: original(*example)
     with torch.no_grad():
-        return race(calls, rounds=rounds, seed=seed, time_limit=RACE_SECONDS)
+        return race(calls, rounds=rounds, seed=seed, time_limit=RACE_SECONDS, lose=LOSES, keep=["original"])

@@ -14,7 +14,7 @@ from paretorch.budget import Budget
 from paretorch.capture import Program
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.contest import SLOW_TO_COMPILE, Contender, Lowering, contenders, run_race
-from paretorch.cost_model.calibrate import analytic, calibrate
+from paretorch.cost_model.calibrate import DERIVED, analytic, calibrate
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.quality import Drop, paired_drop
@@ -35,6 +35,7 @@ ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # 
 MAX_EVALUATIONS = 24
 KEPT_GRAPHS = 64
 REDUCED_ROUNDS = 5
+MEMORY_SLACK = 1.02  # liveness is counted at tensors; alignment and scratch space are not
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Session:
     exact_rules: list[str] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     judged: dict[tuple[Choice, ...], tuple[Contender, Drop] | None] = field(default_factory=dict)  # held-out results, by plan
-    anchors: dict[tuple[str, bool], float] = field(default_factory=dict)
+    anchors: dict[tuple[str, bool], float] = field(default_factory=dict)  # by runtime and whether values are in half precision
     exact: Graph = field(init=False)
     exact_result: Any = None  # the Optimized of the exact plan, what `choose` falls back to
     _applied: dict[tuple[Choice, ...], Graph] = field(default_factory=dict)
@@ -93,12 +94,28 @@ class Session:
 
     def predicted(self, graph: Graph, runtime: str) -> float:
         """Predicted seconds on one runtime, corrected by what this very model measured there, if it did."""
-        return self.prices.graph_cost(graph, runtime).seconds * self.anchors.get((runtime, is_reduced(graph)), 1.0)
+        return self.prices.graph_cost(graph, runtime).seconds * self._anchor(runtime, is_reduced(graph))
+
+    def _anchor(self, runtime: str, reduced: bool) -> float:
+        """Measured over predicted seconds of this model there; else at the other precision, or where that runtime's rates come from."""
+        base = DERIVED.get(runtime, runtime)
+        keys = ((runtime, reduced), (base, reduced), (runtime, False), (base, False))
+        return next((self.anchors[key] for key in keys if key in self.anchors), 1.0)
 
     def price(self, graph: Graph) -> tuple[float, str]:
         """Predicted seconds on the runtime that is predicted to be fastest."""
         able = [name for name in self.runtimes if not self.target.is_here or self.lowering.runtimes[name].refuses(graph) is None]
         return min(((self.predicted(graph, name), name) for name in able), default=(float("inf"), "eager"))
+
+    def memory_refusal(self, graph: Graph) -> str | None:
+        """Why a plan's graph is predicted to need too much memory: more than the original's, or than the budget allows."""
+        peak, original = self.prices.peak_memory(graph), self.prices.peak_memory(self.program.graph)
+        allowed = self.budget.max_memory_bytes
+        if allowed is not None and peak > allowed:
+            return f"it is predicted to need {peak / 1e6:.1f} MB; the budget allows {allowed / 1e6:.1f} MB"
+        if peak > MEMORY_SLACK * original:
+            return f"it is predicted to need {peak / 1e6:.1f} MB, more than the original's {original / 1e6:.1f} MB"
+        return None
 
     # plans
 
@@ -154,6 +171,9 @@ class Session:
         assert limit is not None
 
         def loss(graph: Graph) -> tuple[float, float, int]:
+            too_large = self.memory_refusal(graph)
+            if too_large is not None:
+                raise PlanError(too_large)
             drop = paired_drop(judge.ranking(self.eager(graph)), seed=self.seed)
             return drop.mean, drop.half_width, drop.n
 

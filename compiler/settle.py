@@ -5,11 +5,11 @@ Never slower, never silently different; otherwise the next best plan, down to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from paretorch.contest import Contender, contenders, disagreement, run_race
-from paretorch.cost_model.measure import ratio
+from paretorch.contest import SLOW_TO_COMPILE, Contender, contenders, disagreement, late_contenders, run_race
+from paretorch.cost_model.measure import HEATS, ratio
 from paretorch.cost_model.quality import Drop, accepts, paired_drop
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
@@ -43,23 +43,19 @@ def settle_exact(session: Session) -> Optimized:
     variants: dict[str, Graph] = {"exact": session.exact}
     if session.exact_rules:
         variants["normalized"] = session.normalized
-    predicted = {
-        (variant, runtime): session.predicted(graph, runtime)
-        for variant, graph in variants.items()
-        for runtime in session.runtimes
-        if session.lowering.runtimes[runtime].refuses(graph) is None
-    }
-    with session.stages("lower"):
-        entered = contenders(session.lowering, variants, predicted)
-    with session.stages("check"):
-        agreed = _agreeing(session, entered, expected)
+        too_large = session.memory_refusal(session.exact)
+        if too_large is not None:
+            session.notes.append(f"the exact rules were left out: {too_large}")
+            variants.pop("exact")
+    agreed = _field(session, variants, lambda entered: _agreeing(session, entered, expected))
     with session.stages("measure"):
         measured = run_race(agreed, session.program.example, original, session.seed)
-        _anchor(session, agreed, measured)
+    _anchor(session, agreed, measured)
     best = min(agreed, key=lambda c: (measured[c.label].seconds, c.label), default=None)
     if best is not None and _is_slower(measured[best.label], measured["original"]):
         session.notes.append(f"the best exact plan ({best.label}) was not faster than the original; the original is returned")
         best = None
+    session.lowering.keep_only([best] if best is not None else [])
     return _hand_out(session, Outcome(best), measured)
 
 
@@ -89,6 +85,35 @@ def settle(session: Session, exact: Optimized, limit: float | None = None) -> Op
     return Optimized(session.program, exact.contender, exact.plan, exact.report.after(session), session)
 
 
+def _field(
+    session: Session, variants: dict[str, Graph], fit: Callable[[list[Contender]], list[Contender]] = lambda entered: entered
+) -> list[Contender]:
+    """Who may win a race of these graphs: compiled where predicted to be close; what takes long to compile once the others were timed."""
+    lowering = session.lowering
+
+    def predicted() -> dict[tuple[str, str], float]:
+        pairs = ((name, graph, runtime) for name, graph in variants.items() for runtime in session.runtimes)
+        return {
+            (name, runtime): session.predicted(graph, runtime)
+            for name, graph, runtime in pairs
+            if lowering.runtimes[runtime].refuses(graph) is None
+        }
+
+    with session.stages("lower"):
+        entered = contenders(lowering, variants, predicted())
+    with session.stages("check"):
+        entered = fit(entered)
+    if not entered or set(session.runtimes).isdisjoint(SLOW_TO_COMPILE):
+        return entered
+    with session.stages("measure"):
+        heats = run_race(entered, session.program.example, None, session.seed, HEATS)
+    _anchor(session, entered, heats)
+    with session.stages("lower"):
+        late = late_contenders(lowering, variants, predicted(), min(found.seconds for found in heats.values()))
+    with session.stages("check"):
+        return entered + fit([found for found in late if found.label not in heats])
+
+
 def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
     """This plan with its drop on held-out data; None if it failed or the drop is not within the limit. Measured once per plan."""
     if point.choices not in session.judged:
@@ -109,13 +134,11 @@ def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
     judge = session.judge
     assert judge is not None  # settle checked
     graph = session.apply(point.choices)
-    with session.stages("lower"):
-        predicted = {
-            ("plan", name): session.predicted(graph, name)
-            for name in session.runtimes
-            if session.lowering.runtimes[name].refuses(graph) is None
-        }
-        entered = contenders(session.lowering, {"plan": graph}, predicted)
+    too_large = session.memory_refusal(graph)
+    if too_large is not None:
+        _note(session, point, "over budget", too_large)
+        return None
+    entered = _field(session, {"plan": graph})
     if not entered:
         _note(session, point, "failed", "; ".join(f"{name}: {why}" for name, why in session.lowering.failures.items()))
         return None
@@ -128,6 +151,7 @@ def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
     except LoweringError as error:
         _note(session, point, "failed", str(error))
         return None
+    session.lowering.keep_only([best, *([session.exact_result.contender] if session.exact_result.contender is not None else [])])
     session.evidence[f"held out {'; '.join(map(str, point.choices))}"] = [drop.mean, drop.half_width, drop.n]
     return best, drop
 
@@ -147,10 +171,9 @@ def _agreeing(session: Session, entered: Sequence[Contender], expected: Sequence
 def _anchor(session: Session, entered: Sequence[Contender], measured: dict[str, Measurement]) -> None:
     """Measured over predicted seconds of this model, by runtime: corrects the predictions of its plans."""
     for contender in entered:
-        if contender.variant == "exact" or not session.exact_rules:
+        if contender.variant != "normalized" or not session.exact_rules:
             plain = session.prices.graph_cost(contender.graph, contender.runtime).seconds
             session.anchors[contender.runtime, is_reduced(contender.graph)] = measured[contender.label].seconds / plain
-            session.anchors.setdefault((contender.runtime, True), measured[contender.label].seconds / plain)
 
 
 def _is_slower(ours: Measurement, other: Measurement) -> bool:

@@ -21,6 +21,7 @@ from paretorch.ir.protocols import Measurement
 
 ROUNDS = 20
 MIN_ROUNDS = 10
+HEATS = 3  # rounds that all contenders run
 RESAMPLES = 1000
 AGAIN = " again"
 
@@ -42,19 +43,25 @@ def race(
     min_rounds: int = MIN_ROUNDS,
     tight: float | None = None,
     time_limit: float | None = None,
+    lose: float | None = None,
+    keep: Sequence[str] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Measurement]:
     """Seconds of each contender, by name, from the same rounds.
 
     tight: stop after min_rounds once the interval of each ratio to the first contender is at most this wide (0.02: two percent of the
     ratio). time_limit: seconds after which no further round begins; three rounds are always run, or `rounds` if that is fewer.
+    lose: after three rounds, contenders whose median is more than this many times the best one's run no further, but for those in keep.
     """
     shuffle, names = random.Random(seed), list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
     began = clock()
     for done in range(rounds):
-        if done >= 3 and time_limit is not None and clock() - began >= time_limit:
+        if done >= HEATS and time_limit is not None and clock() - began >= time_limit:
             break
+        if done == HEATS and lose is not None:
+            best = min(median(samples[name]) for name in names)
+            names = [name for name in names if name in keep or median(samples[name]) <= lose * best]
         if tight is not None and done >= min_rounds and _is_tight(samples, tight):
             break
         shuffle.shuffle(names)

@@ -66,6 +66,13 @@ def test_time_limit_leaves_three_rounds():
     assert race({"a": clock.contender("a", [10.0])}, 2, time_limit=1.0, clock=clock)["a"].rounds == 2
 
 
+def test_losers_run_the_heats_only_but_for_those_that_are_kept():
+    clock = Clock()
+    contenders = {name: clock.contender(name, [seconds]) for name, seconds in (("a", 1.0), ("b", 1.2), ("c", 2.0), ("original", 3.0))}
+    found = race(contenders, 10, lose=1.3, keep=["original"], clock=clock)
+    assert {name: row.rounds for name, row in found.items()} == {"a": 10, "b": 10, "c": 3, "original": 10}
+
+
 def test_ratio_of_medians_with_its_interval():
     one, other = measurement("one", [2.0, 2.1, 1.9, 2.0, 2.0]), measurement("other", [1.0, 1.05, 0.95, 1.0, 1.0])
     found = ratio(one, other)

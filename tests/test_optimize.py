@@ -90,6 +90,14 @@ def test_what_there_was_no_time_for_is_said(vit):
         assert re.search(rf"{rule} at .*the time limit had passed", text)
 
 
+def test_no_plan_needs_more_memory_than_the_budget_allows(vit):
+    model, inputs = vit
+    data = [torch.randn_like(inputs[0]) for _ in range(24)]
+    result = paretorch.optimize(model, inputs, target=TARGET, budget=Budget(drift=0.5, max_memory_bytes=1000), data=data, time_limit=20)
+    assert not result.plan.choices
+    assert "the budget allows 0.0 MB" in result.explain()
+
+
 def test_same_seed_same_evidence_same_plan(budgeted):
     assert Plan.from_json(budgeted.plan.to_json()) == budgeted.plan
 
