@@ -75,9 +75,10 @@ class Program:
         """Run as the model: bind, execute, write changed buffers and inputs back, rebuild the output's structure. Raises InputError."""
         flat = self.flatten(args, kwargs)
         results = execute(*flat)
-        with torch.no_grad():
-            for result, place in self.mutations:
-                flat[place].copy_(results[result])
+        if self.mutations:
+            with torch.no_grad():
+                for result, place in self.mutations:
+                    flat[place].copy_(results[result])
         return self.signature.unflatten(results)
 
     def call_original(self, *args: Any, **kwargs: Any) -> Any:

@@ -31,10 +31,10 @@ class Optimized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's signature and output structure; no gradients. Raises InputError for inputs that do not fit the captured shapes."""
-        with torch.no_grad():
-            if self.contender is None:
+        if self.contender is None:
+            with torch.no_grad():
                 return self.program.call_original(*args, **kwargs)
-            return self.program.call(self.contender.execute, args, kwargs)
+        return self.program.call(self.contender.execute, args, kwargs)
 
     @property
     def graph(self) -> Graph:
