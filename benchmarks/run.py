@@ -11,6 +11,7 @@ OpenVINO at f32, ratios of medians with a bootstrap interval.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import sys
@@ -39,6 +40,8 @@ ROUNDS = 20
 
 def measure(case: Case, ours: Any, label: str, rounds: int) -> dict[str, Any]:
     """One race of ours against all peers on a case."""
+    torch._dynamo.reset()
+    gc.collect()
     calls: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for name, make in PEERS.items():

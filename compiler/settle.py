@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from paretorch.contest import SLOW_TO_COMPILE, Contender, contenders, disagreement, late_contenders, run_race
 from paretorch.cost_model.measure import HEATS, ratio
+from paretorch.cost_model.memory import weight_bytes
 from paretorch.cost_model.quality import Drop, accepts, paired_drop
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
@@ -23,6 +24,7 @@ from paretorch.session import Session, is_reduced
 
 ATTEMPTS = 5  # plans that are compiled and judged on held-out data before the exact one is returned
 ANCHOR_ROUNDS = 8
+LARGE_WEIGHTS = 500e6  # bytes of weights beyond which only one form of the graph is compiled: each runtime keeps a copy or two
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,7 @@ def settle_exact(session: Session) -> Optimized:
         return _unmeasured(session, (), session.exact)
     original = session.program.run_original
     expected = original(*session.program.example)
-    variants: dict[str, Graph] = {"exact": session.exact}
-    if session.exact_rules:
-        variants["normalized"] = session.normalized
-        too_large = session.memory_refusal(session.exact)
-        if too_large is not None:
-            session.notes.append(f"the exact rules were left out: {too_large}")
-            variants.pop("exact")
+    variants = _exact_variants(session)
     agreed = _field(session, variants, lambda entered: _agreeing(session, entered, expected))
     with session.stages("measure"):
         measured = run_race(agreed, session.program.example, original, session.seed)
@@ -57,6 +53,17 @@ def settle_exact(session: Session) -> Optimized:
         best = None
     session.lowering.keep_only([best] if best is not None else [])
     return _hand_out(session, Outcome(best), measured)
+
+
+def _exact_variants(session: Session) -> dict[str, Graph]:
+    """The graph after the exact rules, and the one before them while their compiled forms fit into memory side by side."""
+    too_large = session.memory_refusal(session.exact) if session.exact_rules else None
+    if too_large is not None:
+        session.notes.append(f"the exact rules were left out: {too_large}")
+        return {"normalized": session.normalized}
+    if not session.exact_rules or weight_bytes(session.exact) > LARGE_WEIGHTS:
+        return {"exact": session.exact}
+    return {"exact": session.exact, "normalized": session.normalized}
 
 
 def settle(session: Session, exact: Optimized, limit: float | None = None) -> Optimized:
