@@ -11,10 +11,13 @@ from torch import Tensor
 
 from paretorch.budget import Budget
 from paretorch.capture import Program
-from paretorch.cost_model.quality import drift
+from paretorch.cost_model.quality import Drop, drift, paired_drop
 from paretorch.data import Batch, Split, map_outputs
 from paretorch.ir.errors import BudgetError
 from paretorch.ir.protocols import Executable
+
+FIRST_LOOK = 128  # samples after which a plan may be found clearly within the budget, or clearly not
+HOPELESS = 1.5  # half widths
 
 
 class Judge:
@@ -25,13 +28,25 @@ class Judge:
         self._scores: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Any, ...]] = {}
 
-    def ranking(self, execute: Executable, samples: int | None = None) -> Tensor:
-        """f64[n]: loss per sample on the ranking part, of its first `samples` samples only if given."""
-        return self._losses(execute, _first(self.split.ranking, samples))
+    def ranking(self, execute: Executable, limit: float) -> Tensor:
+        """f64[n]: loss per sample on the ranking part, until its interval lies on one side of the limit."""
+        return self._until(execute, self.split.ranking, lambda drop: drop.high < limit or drop.low > limit)
 
-    def held_out(self, execute: Executable) -> Tensor:
-        """f64[n]: loss per sample on the part that never ranks."""
-        return self._losses(execute, self.split.held_out)
+    def held_out(self, execute: Executable, limit: float) -> Tensor:
+        """f64[n]: loss per sample on the part that never ranks; cut short only where the plan is hopeless (about three standard errors)."""
+        return self._until(execute, self.split.held_out, lambda drop: drop.mean - HOPELESS * drop.half_width > limit)
+
+    def _until(self, execute: Executable, items: Sequence[Any], is_clear: Callable[[Drop], bool]) -> Tensor:
+        """Losses of the items in order; looked at whenever their number has doubled."""
+        losses, look = [], FIRST_LOOK
+        for item in items:
+            losses.append(self._losses(execute, [item]))
+            count = sum(part.numel() for part in losses)
+            if count >= look and len(losses) < len(items):
+                look = 2 * count
+                if is_clear(paired_drop(torch.cat(losses))):
+                    break
+        return torch.cat(losses)
 
     def scores(self, execute: Executable, part: str = "held_out") -> tuple[Tensor, Tensor]:
         """Scores of the original and of the executable on one part, f64[n] each; for drift budgets 0 and minus the drift."""

@@ -4,7 +4,7 @@
 2. A ladder is built: from nothing, the move with most seconds saved per drift is taken, again and again, so rungs go from exact to reckless.
 3. Rungs are evaluated jointly on the ranking part, by bisection for each budget of interest, since single drifts only rank (sums were
    off by 0.54 to 1.65 on measured pairs).
-4. The best plans found are mutated (one knob up, another down) while evaluations and time are left.
+4. The best plan found is refined by single steps while evaluations and time are left.
 
 Same candidates, same evidence, same seed: the same points, to the byte.
 """
@@ -24,8 +24,17 @@ from paretorch.stages import Stages
 
 PROBE_SAMPLES = 16
 GROUP = 8  # sites that are measured together, so that an executor has something to spread
-MUTATIONS = 6
+REFINEMENTS = 8
+WIDE_SHARE = 0.2  # of the budget: what a rewrite of the whole model may lose to be part of every plan
 BUDGET_SHARES = (1.0, 0.5, 0.25)  # the frontier is explored at these parts of the budget, for `choose`
+
+
+class ConflictError(PlanError):
+    """Choices that do not go together. choice: the one that could not be applied after the others."""
+
+    def __init__(self, sentence: str, choice: Choice) -> None:
+        super().__init__(sentence)
+        self.choice = choice
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Point:
 class Problem:
     """What `search` needs to know, as functions, so that it knows no runtime and no model.
 
-    apply: choices -> graph (raises ParetorchError if they do not go together); price: graph -> (seconds, runtime);
+    apply: choices -> graph (raises ConflictError if they do not go together); price: graph -> (seconds, runtime);
     drifts: (graphs, samples) -> label-free drift of each, or a sentence; loss: graph -> (mean, half width, n) on the ranking part.
     """
 
@@ -81,12 +90,16 @@ def search(problem: Problem) -> list[Point]:
     moves = _measure_moves(state, base_seconds)
     wide = [move for move in moves if move.choice.site == "model"]
     narrow = [move for move in moves if move.choice.site != "model"]
-    starts = [((), narrow), *(((w.choice,), [m for m in narrow if m.choice.rule != w.choice.rule]) for w in wide)]
+    starts: list[tuple[tuple[Choice, ...], list[Move]]] = [((), narrow)]
+    starts += [((w.choice,), [m for m in narrow if m.choice.rule != w.choice.rule]) for w in wide]
     for start, usable in sorted(starts, key=lambda item: -len(item[0])):
-        rungs = [tuple(start), *_ladder(start, usable)]
+        if not start and _is_dominated(state):
+            continue
+        rungs = [start, *_ladder(start, usable)]
+        state.evaluate(start)
         for share in BUDGET_SHARES:
             _bisect(state, rungs, share * problem.limit)
-    _mutate(state, moves)
+    _refine(state, moves)
     return sorted(state.points.values(), key=lambda point: (point.predicted, len(point.choices), str(point.choices)))
 
 
@@ -102,23 +115,39 @@ class _State:
         return self.evaluations >= self.problem.max_evaluations or self.problem.stages.is_over
 
     def evaluate(self, choices: tuple[Choice, ...]) -> Point | None:
-        """The point of these choices; None if they do not go together, or the search is over."""
-        if choices in self.points or choices in self.broken:
+        """The point of these choices, without those that do not go with the others; None if it cannot be had, or the search is over."""
+        choices, graph = self._fitting(choices)
+        if graph is None or choices in self.points or self.is_over:
             return self.points.get(choices)
-        if self.is_over:
-            return None
         try:
-            graph = self.problem.apply(choices)
             seconds, runtime = self.problem.price(graph)
             loss, half_width, samples = self.problem.loss(graph)
         except (PlanError, LoweringError) as error:
             self.broken.add(choices)
-            self.problem.record("in conflict", choices[-1], str(error).splitlines()[0], None, None)
+            self.problem.record("failed", choices[-1], str(error).splitlines()[0], None, None)
             return None
         self.evaluations += 1
         self.problem.stages.tell("search", self.evaluations, self.problem.max_evaluations)
         self.points[choices] = Point(choices, seconds, runtime, loss, half_width, samples)
         return self.points[choices]
+
+    def _fitting(self, choices: tuple[Choice, ...]) -> tuple[tuple[Choice, ...], Graph | None]:
+        """The choices that go together, and their graph; no graph if the plan is known already, works or not."""
+        while choices not in self.points and choices not in self.broken:
+            try:
+                return choices, self.problem.apply(choices)
+            except ConflictError as error:
+                self.problem.record("in conflict", error.choice, str(error).splitlines()[0], None, None)
+                choices = tuple(choice for choice in choices if choice != error.choice)
+        return choices, None
+
+
+def _is_dominated(state: _State) -> bool:
+    """Whether a rewrite of the whole model is so good that plans without it are not worth a search."""
+    return any(
+        len(choices) == 1 and choices[0].site == "model" and point.loss <= WIDE_SHARE * state.problem.limit
+        for choices, point in state.points.items()
+    )
 
 
 def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
@@ -217,21 +246,37 @@ def _bisect(state: _State, rungs: Sequence[tuple[Choice, ...]], limit: float) ->
             high = middle
 
 
-def _mutate(state: _State, moves: Sequence[Move]) -> None:
-    """From the fastest plan within the limit: replace or add one move; keep what is faster and within the limit."""
+def _refine(state: _State, moves: Sequence[Move]) -> None:
+    """From the fastest plan within the limit: add or change one move, sometimes giving another up; go on from what is faster and holds."""
     chance = random.Random(state.problem.seed)
-    for _ in range(MUTATIONS):
+    tried: set[tuple[Choice, ...]] = set()
+    for _ in range(REFINEMENTS):
         good = [point for point in state.points.values() if point.loss <= state.problem.limit]
         if state.is_over or not good or not moves:
             return
         best = min(good, key=lambda point: (point.predicted, str(point.choices)))
-        raised = chance.choice(sorted(moves, key=lambda move: str(move.choice)))
-        kept = [choice for choice in best.choices if (choice.rule, choice.site) != (raised.choice.rule, raised.choice.site)]
-        if len(kept) > 2 and chance.random() < 0.5:
-            kept.pop(chance.randrange(len(kept)))
-        if raised.choice.site == "model":
-            kept = [choice for choice in kept if choice.rule != raised.choice.rule]
-        state.evaluate((*kept, raised.choice))
+        options = [kept for kept in _neighbours(best, moves, chance) if kept not in tried]
+        if not options:
+            return
+        tried.add(options[0])
+        state.evaluate(options[0])
+
+
+def _neighbours(best: Point, moves: Sequence[Move], chance: random.Random) -> list[tuple[Choice, ...]]:
+    """Plans one step from this one, most seconds saved per drift first: a further move, or a stronger one in the place of a weaker."""
+    taken = {(choice.rule, choice.site): choice for choice in best.choices}
+    known = {move.choice: move for move in moves}
+    steps = []
+    for move in moves:
+        before = taken.get((move.choice.rule, move.choice.site))
+        if before == move.choice or (before in known and move.saved <= known[before].saved):
+            continue
+        kept = tuple(choice for choice in best.choices if choice != before)
+        if move.choice.site == "model":
+            kept = tuple(choice for choice in kept if choice.rule != move.choice.rule)
+        gain = _gain(known.get(before) if before is not None else None, move)
+        steps.append((gain * chance.uniform(0.5, 1.0), str(move.choice), (*kept, move.choice)))
+    return [choices for *_, choices in sorted(steps, key=lambda step: step[:2], reverse=True)]
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:

@@ -28,7 +28,7 @@ from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
 from paretorch.rewrites.apply import Candidate, apply_choice
 from paretorch.rewrites.rule import Refusal, Rule
-from paretorch.search import Point, Problem, search
+from paretorch.search import ConflictError, Point, Problem, search
 from paretorch.stages import Stages
 
 ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
@@ -132,20 +132,24 @@ class Session:
             choice = ordered[length]
             if choice.rule not in by_name:
                 raise PlanError(f"the plan uses the rule {choice.rule!r}, which is not among the rules of this call")
-            graph = apply_choice(by_name[choice.rule], graph, choice.site, choice.knob)
+            try:
+                graph = apply_choice(by_name[choice.rule], graph, choice.site, choice.knob)
+            except PlanError as error:
+                raise ConflictError(str(error), choice) from error
             while len(self._applied) >= KEPT_GRAPHS:
                 self._applied.pop(next(iter(self._applied)))
             self._applied[ordered[: length + 1]] = graph
         return graph
 
     def ordered(self, choices: Iterable[Choice]) -> tuple[Choice, ...]:
-        """In the order of application: by family, then by place in the graph."""
-        families = {rule.name: rule.family for rule in self.rules}
+        """In the order of application: by family, wider rules first, then by place in the graph."""
+        families = {rule.name: (rule.family, place) for place, rule in enumerate(self.rules)}
         places = {node.name: place for place, node in enumerate(self.exact.nodes)}
 
-        def key(choice: Choice) -> tuple[int, int, str]:
-            family = families.get(choice.rule, "")
-            return (ORDER.index(family) if family in ORDER else len(ORDER), places.get(choice.site, len(places)), str(choice))
+        def key(choice: Choice) -> tuple[int, int, int, str]:
+            family, rule = families.get(choice.rule, ("", 0))
+            place = places.get(choice.site.split("+")[0], len(places))
+            return (ORDER.index(family) if family in ORDER else len(ORDER), rule, place, str(choice))
 
         return tuple(sorted(choices, key=key))
 
@@ -174,7 +178,7 @@ class Session:
             too_large = self.memory_refusal(graph)
             if too_large is not None:
                 raise PlanError(too_large)
-            drop = paired_drop(judge.ranking(self.eager(graph)), seed=self.seed)
+            drop = paired_drop(judge.ranking(self.eager(graph), limit), seed=self.seed)
             return drop.mean, drop.half_width, drop.n
 
         problem = Problem(

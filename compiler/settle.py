@@ -138,8 +138,8 @@ def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
 
 def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
     """Compile this plan where it is predicted to be fastest and measure its paired drop on held-out data; None if it fails, with a note."""
-    judge = session.judge
-    assert judge is not None  # settle checked
+    judge, limit = session.judge, session.budget.limit
+    assert judge is not None and limit is not None  # settle checked  # noqa: PT018
     graph = session.apply(point.choices)
     too_large = session.memory_refusal(graph)
     if too_large is not None:
@@ -154,7 +154,7 @@ def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
     best = min(entered, key=lambda c: (measured[c.label].seconds, c.label))
     try:
         with session.stages("held out"):
-            drop = paired_drop(judge.held_out(best.execute), seed=session.seed)
+            drop = paired_drop(judge.held_out(best.execute, limit), seed=session.seed)
     except LoweringError as error:
         _note(session, point, "failed", str(error))
         return None

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from paretorch.ir.errors import PlanError
-from paretorch.search import Problem, frontier, search
+from paretorch.search import ConflictError, Problem, frontier, search
 from paretorch.stages import Stages
 
 
@@ -91,14 +90,15 @@ def test_what_saves_nothing_is_priced_out_and_never_measured():
 
 def test_conflicts_are_recorded_and_left_out():
     def apply(choices):
-        rules = {c.rule for c in choices}
-        if len(rules) > 1:
-            raise PlanError("skip took the site of merge away")
+        odd = next((c for c in choices if c.rule != choices[0].rule), None)
+        if odd is not None:
+            raise ConflictError("skip took the site of merge away", odd)
         return tuple(choices)
 
     log = []
     points = search(problem(CANDIDATES, limit=0.3, apply=apply, log=log))
     assert all(len({c.rule for c in point.choices}) <= 1 for point in points)
+    assert best_within(points, 0.3).predicted <= 1 - 16 * 0.01 + 1e-9, "a conflict costs the choice, not the plan"
     assert any(entry[0] == "in conflict" and "took the site" in entry[2] for entry in log)
 
 
