@@ -11,6 +11,7 @@ OpenVINO at f32, ratios of medians with a bootstrap interval.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -31,8 +32,13 @@ from benchmarks.peers import PEERS, eager
 from benchmarks.summary import write_summary
 from benchmarks.workloads import NAMES, workload
 from benchmarks.workloads.base import Case, Task
+from paretorch.capture import capture
+from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.contest import relative_error
 from paretorch.cost_model.measure import race, ratio
+from paretorch.rewrites import RULES
+from paretorch.rewrites.apply import apply_rule
+from paretorch.rewrites.normalize import normalize
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDS = 20
@@ -83,8 +89,27 @@ def exact(name: str, rounds: int) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         print(result.report)
         row = measure(case, result, "paretorch exact", rounds)
-        results.append({**row, **_about(result), "seconds to optimize": seconds})
+        results.append({**row, **_about(result), "seconds to optimize": seconds, "errors of exact rules": parity(case)})
     return {"workload": name, "mode": "exact", "cases": results, **environment()}
+
+
+def parity(case: Case) -> dict[str, float]:
+    """Relative error of the graph after normalize and every exact rule, priced out or not: torch at f32 and f64, ONNX Runtime at f32."""
+    errors = {}
+    for dtype, runtimes in ((torch.float32, ("eager", "onnxruntime")), (torch.float64, ("eager",))):
+        model = case.model if dtype is torch.float32 else copy.deepcopy(case.model).to(dtype)
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in case.inputs)
+        with torch.no_grad():
+            expected = _leaves(model(*inputs))
+        program = capture(model, inputs)
+        graph = normalize(program.graph)
+        for rule in (rule for rule in RULES if rule.is_exact):
+            graph = apply_rule(rule, graph)[0]
+        for runtime in runtimes:
+            found = _leaves(program.unflatten(RUNTIMES[runtime].compile(graph, program.example)(*program.example)))
+            name = f"{runtime} {str(dtype).removeprefix('torch.')}"
+            errors[name] = max(relative_error(a, b) for a, b in zip(expected, found, strict=True))
+    return errors
 
 
 def budgeted(name: str, rounds: int, samples: int, time_limit: float) -> dict[str, Any]:
