@@ -234,7 +234,7 @@ def cases() -> Sequence[Case]:
 
 
 def task(samples: int = 11) -> Task:
-    return Task(cases()[0], list(range(min(samples, len(clips())))), 0.02, evaluate=token_divergence, baseline="5 errors in 96 words")
+    return Task(cases()[0], list(range(min(samples, len(clips())))), 0.005, evaluate=token_divergence, baseline="5 errors in 96 words")
 
 
 WORKLOAD = Workload("whisper", __doc__ or "", cases, task, "MIT, BSD-2", {"word_errors": word_errors})
