@@ -17,7 +17,6 @@ from paretorch.ir.errors import BudgetError
 from paretorch.ir.protocols import Executable
 
 FIRST_LOOK = 128  # samples after which a plan may be found clearly within the budget, or clearly not
-HOPELESS = 1.5  # half widths
 
 
 class Judge:
@@ -33,8 +32,8 @@ class Judge:
         return self._until(execute, self.split.ranking, lambda drop: drop.high < limit or drop.low > limit)
 
     def held_out(self, execute: Executable, limit: float) -> Tensor:
-        """f64[n]: loss per sample on the part that never ranks; cut short only where the plan is hopeless (about three standard errors)."""
-        return self._until(execute, self.split.held_out, lambda drop: drop.mean - HOPELESS * drop.half_width > limit)
+        """f64[n]: loss per sample on the part that never ranks; cut short only where its whole interval is beyond the limit."""
+        return self._until(execute, self.split.held_out, lambda drop: drop.low > limit)
 
     def _until(self, execute: Executable, items: Sequence[Any], is_clear: Callable[[Drop], bool]) -> Tensor:
         """Losses of the items in order; looked at whenever their number has doubled."""

@@ -52,7 +52,10 @@ class Move:
 
 @dataclass(frozen=True)
 class Point:
-    """A plan's choices with what is known of it. loss: mean on the ranking part, with the half width of its 95 % interval."""
+    """A plan's choices with what is known of it. loss: mean on the ranking part, with the half width of its 95 % interval.
+
+    predicted, measured_seconds: of one call; measured only where the plan was compiled. memory_bytes: predicted peak.
+    """
 
     choices: tuple[Choice, ...]
     predicted: float
@@ -60,6 +63,8 @@ class Point:
     loss: float
     half_width: float
     samples: int
+    memory_bytes: int = 0
+    measured_seconds: float | None = None
 
 
 @dataclass
@@ -67,26 +72,39 @@ class Problem:
     """What `search` needs to know, as functions, so that it knows no runtime and no model.
 
     apply: choices -> graph (raises ConflictError if they do not go together); price: graph -> (seconds, runtime);
-    drifts: (graphs, samples) -> label-free drift of each, or a sentence; loss: graph -> (mean, half width, n) on the ranking part.
+    drifts: (choices, samples) -> label-free drift of each choice alone, or a sentence; loss: (choices, their graph) -> (mean, half width, n)
+    on the ranking part; memory: graph -> bytes. was_interrupted: set if Ctrl-C ended the search; what was found until then is kept.
     """
 
     candidates: Sequence[Candidate]
     apply: Callable[[tuple[Choice, ...]], Graph]
     price: Callable[[Graph], tuple[float, str]]
-    drifts: Callable[[Sequence[Graph], int], list[float | str]]
-    loss: Callable[[Graph], tuple[float, float, int]]
+    drifts: Callable[[Sequence[Choice], int], list[float | str]]
+    loss: Callable[[tuple[Choice, ...], Graph], tuple[float, float, int]]
     limit: float
     max_evaluations: int
     stages: Stages
     seed: int = 0
     record: Callable[[str, Choice, str, float | None, float | None], None] = lambda *_: None  # verdict, choice, reason, saved, drift
     evidence: dict[str, Any] = field(default_factory=dict)
+    memory: Callable[[Graph], int] = lambda _: 0
+    was_interrupted: bool = False
 
 
 def search(problem: Problem) -> list[Point]:
     """All evaluated plans, fastest first; the empty plan is always among them."""
-    base_seconds, base_runtime = problem.price(problem.apply(()))
-    state = _State(problem, {(): Point((), base_seconds, base_runtime, 0.0, 0.0, 0)})
+    base = problem.apply(())
+    base_seconds, base_runtime = problem.price(base)
+    state = _State(problem, {(): Point((), base_seconds, base_runtime, 0.0, 0.0, 0, problem.memory(base))})
+    try:
+        _explore(state, base_seconds)
+    except KeyboardInterrupt:
+        problem.was_interrupted = True
+    return sorted(state.points.values(), key=lambda point: (point.predicted, len(point.choices), str(point.choices)))
+
+
+def _explore(state: _State, base_seconds: float) -> None:
+    problem = state.problem
     moves = _measure_moves(state, base_seconds)
     wide = [move for move in moves if move.choice.site == "model"]
     narrow = [move for move in moves if move.choice.site != "model"]
@@ -100,7 +118,6 @@ def search(problem: Problem) -> list[Point]:
         for share in BUDGET_SHARES:
             _bisect(state, rungs, share * problem.limit)
     _refine(state, moves)
-    return sorted(state.points.values(), key=lambda point: (point.predicted, len(point.choices), str(point.choices)))
 
 
 @dataclass
@@ -116,19 +133,19 @@ class _State:
 
     def evaluate(self, choices: tuple[Choice, ...]) -> Point | None:
         """The point of these choices, without those that do not go with the others; None if it cannot be had, or the search is over."""
-        choices, graph = self._fitting(choices)
+        choices, graph = self._fitting(tuple(sorted(choices, key=str)))
         if graph is None or choices in self.points or self.is_over:
             return self.points.get(choices)
         try:
             seconds, runtime = self.problem.price(graph)
-            loss, half_width, samples = self.problem.loss(graph)
+            loss, half_width, samples = self.problem.loss(choices, graph)
         except (PlanError, LoweringError) as error:
             self.broken.add(choices)
             self.problem.record("failed", choices[-1], str(error).splitlines()[0], None, None)
             return None
         self.evaluations += 1
         self.problem.stages.tell("search", self.evaluations, self.problem.max_evaluations)
-        self.points[choices] = Point(choices, seconds, runtime, loss, half_width, samples)
+        self.points[choices] = Point(choices, seconds, runtime, loss, half_width, samples, self.problem.memory(graph))
         return self.points[choices]
 
     def _fitting(self, choices: tuple[Choice, ...]) -> tuple[tuple[Choice, ...], Graph | None]:
@@ -161,7 +178,7 @@ def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
         group = [(c, knobs) for c in problem.candidates[start : start + GROUP] if (knobs := _usable_knobs(state, c, base_seconds))]
         middles = [knobs[len(knobs) // 2] for _, knobs in group]
         chosen = [_choice(candidate, middle[0]) for (candidate, _), middle in zip(group, middles, strict=True)]
-        drifts = problem.drifts([problem.apply((choice,)) for choice in chosen], PROBE_SAMPLES)
+        drifts = problem.drifts(chosen, PROBE_SAMPLES)
         for (candidate, knobs), middle, choice, drift in zip(group, middles, chosen, drifts, strict=True):
             if isinstance(drift, str):
                 problem.record("failed", choice, drift, middle[1], None)
@@ -181,23 +198,42 @@ def _leave_unmeasured(problem: Problem, candidates: Sequence[Candidate]) -> None
 
 def _usable_knobs(state: _State, candidate: Candidate, base_seconds: float) -> list[tuple[Knob, float]]:
     """(knob, predicted seconds saved) of the values that save time, weaker first."""
-    problem, usable, reason, best = state.problem, [], "", 0.0
-    for knob in candidate.knobs:
+    problem, reason = state.problem, ""
+    priced: dict[int, float] = {}
+    for place in _priced_places(candidate.knobs):
         try:
-            saved = base_seconds - problem.price(problem.apply((_choice(candidate, knob),)))[0]
+            graph = problem.apply((_choice(candidate, candidate.knobs[place]),))
+            priced[place] = base_seconds - problem.price(graph)[0]
         except ParetorchError as error:
             reason = str(error).splitlines()[0]
-            continue
-        best = max(best, saved)
-        if saved > 0:
-            usable.append((knob, saved))
+    savings = _between(priced, candidate.knobs)
+    usable = [(knob, saved) for knob, saved in savings if saved > 0]
     if not usable:
-        choice = _choice(candidate, candidate.knobs[-1])
-        if reason:
+        choice, best = _choice(candidate, candidate.knobs[-1]), max((saved for _, saved in savings), default=0.0)
+        if not savings:
             problem.record("illegal", choice, reason, None, None)
         else:
             problem.record("priced out", choice, f"predicted to save {best * 1e3:.3f} ms of {base_seconds * 1e3:.3f} ms here", best, None)
     return usable
+
+
+def _priced_places(knobs: Sequence[Knob]) -> list[int]:
+    """The values that are priced: of many numbers the first, the middle and the last, since applying each takes longer than pricing."""
+    last = len(knobs) - 1
+    return [0, last // 2, last] if last > 2 and all(isinstance(knob, (int, float)) for knob in knobs) else list(range(last + 1))
+
+
+def _between(priced: dict[int, float], knobs: Sequence[Knob]) -> list[tuple[Knob, float]]:
+    """(knob, saving) of the values from the first priced to the last, linear between those that were."""
+    places = sorted(priced)
+    found = []
+    for place, knob in enumerate(knobs):
+        left, right = max((p for p in places if p <= place), default=None), min((p for p in places if p >= place), default=None)
+        if left is None or right is None:
+            continue
+        share = (float(knob) - float(knobs[left])) / (float(knobs[right]) - float(knobs[left])) if right > left else 0.0  # type: ignore[arg-type]
+        found.append((knob, priced[left] + share * (priced[right] - priced[left])))
+    return found
 
 
 def _choice(candidate: Candidate, knob: Knob) -> Choice:

@@ -19,6 +19,7 @@ from paretorch.cost_model.devices import Target
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.quality import Drop, paired_drop
 from paretorch.data import prepare
+from paretorch.evidence import Evidence, evidence_of
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
@@ -60,6 +61,7 @@ class Session:
     points: list[Point] = field(default_factory=list)
     judged: dict[tuple[Choice, ...], tuple[Contender, Drop] | None] = field(default_factory=dict)  # held-out results, by plan
     anchors: dict[tuple[str, bool], float] = field(default_factory=dict)  # by runtime and whether values are in half precision
+    kept: Evidence = field(default_factory=lambda: Evidence(None))  # of ranking data, from this search and earlier ones
     exact: Graph = field(init=False)
     exact_result: Any = None  # the Optimized of the exact plan, what `choose` falls back to
     _applied: dict[tuple[Choice, ...], Graph] = field(default_factory=dict)
@@ -174,12 +176,17 @@ class Session:
         assert judge is not None  # search is called with a budget
         assert limit is not None
 
-        def loss(graph: Graph) -> tuple[float, float, int]:
+        def loss(choices: tuple[Choice, ...], graph: Graph) -> tuple[float, float, int]:
             too_large = self.memory_refusal(graph)
             if too_large is not None:
                 raise PlanError(too_large)
-            drop = paired_drop(judge.ranking(self.eager(graph), limit), seed=self.seed)
-            return drop.mean, drop.half_width, drop.n
+            name = f"loss {'; '.join(map(str, choices))} of {limit}"
+            kept = self.kept.get(name)
+            if kept is None:
+                drop = paired_drop(judge.ranking(self.eager(graph), limit), seed=self.seed)
+                kept = [drop.mean, drop.half_width, drop.n]
+                self.kept.put(name, kept)
+            return kept[0], kept[1], int(kept[2])
 
         problem = Problem(
             candidates=candidates,
@@ -193,19 +200,32 @@ class Session:
             seed=self.seed,
             record=self._record,
             evidence=self.evidence,
+            memory=self.prices.peak_memory,
         )
         with self.stages("search"):
+            self.kept = evidence_of(self.exact, self.budget, judge.split, self.seed)
             self.points = search(problem)
+        if problem.was_interrupted:
+            self.notes.append("the search was interrupted; the best plan until then is judged and returned")
         for point in self.points:
             self.evidence[f"loss {'; '.join(map(str, point.choices)) or 'exact'}"] = [point.loss, point.half_width, point.samples]
 
-    def _drifts(self, graphs: Sequence[Graph], samples: int) -> list[float | str]:
-        """The label-free drift of each graph, or why it could not be run; spread over the executor if there is one."""
+    def _drifts(self, choices: Sequence[Choice], samples: int) -> list[float | str]:
+        """The label-free drift of each choice alone, or why it could not be run; what is not known is spread over the executor."""
         assert self.judge is not None  # only the search calls this
+        found: dict[Choice, float | str] = {c: kept[0] for c in choices if (kept := self.kept.get(f"drift {c} of {samples}"))}
+        missing = [choice for choice in choices if choice not in found]
+        graphs = [self.apply((choice,)) for choice in missing]
         if self.executor is None or self.budget.evaluate is not None:
-            return [self._drift(graph, samples) for graph in graphs]
-        tasks = [self.executor.submit(drift_of, graph.module(), self.judge.probe(samples)) for graph in graphs]
-        return [task.result() for task in tasks]
+            results = [self._drift(graph, samples) for graph in graphs]
+        else:
+            tasks = [self.executor.submit(drift_of, graph.module(), self.judge.probe(samples)) for graph in graphs]
+            results = [task.result() for task in tasks]
+        for choice, drift in zip(missing, results, strict=True):
+            found[choice] = drift
+            if not isinstance(drift, str):
+                self.kept.put(f"drift {choice} of {samples}", [drift])
+        return [found[choice] for choice in choices]
 
     def _drift(self, graph: Graph, samples: int) -> float | str:
         assert self.judge is not None  # only the search calls this

@@ -152,6 +152,8 @@ def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
     with session.stages("measure"):
         measured = run_race(entered, session.program.example, None, session.seed, ANCHOR_ROUNDS)
     best = min(entered, key=lambda c: (measured[c.label].seconds, c.label))
+    seconds = measured[best.label].seconds
+    session.points = [replace(p, measured_seconds=seconds) if p.choices == point.choices else p for p in session.points]
     try:
         with session.stages("held out"):
             drop = paired_drop(judge.held_out(best.execute, limit), seed=session.seed)

@@ -37,7 +37,7 @@ def problem(candidates, limit=0.02, evaluations=40, apply=None, log=None):
     def seconds(graph):
         return max(0.05, 1.0 - sum(SECONDS[c.rule] * c.knob for c in graph)), "eager"
 
-    def loss(graph):
+    def loss(choices, graph):
         return sum(LOSS[c.rule] * c.knob for c in graph), 0.001, 100
 
     records = [] if log is None else log
@@ -45,7 +45,7 @@ def problem(candidates, limit=0.02, evaluations=40, apply=None, log=None):
         candidates=candidates,
         apply=apply or (lambda choices: tuple(sorted(choices, key=str))),
         price=seconds,
-        drifts=lambda graphs, samples: [loss(graph)[0] for graph in graphs],
+        drifts=lambda choices, samples: [loss((), (choice,))[0] for choice in choices],
         loss=loss,
         limit=limit,
         max_evaluations=evaluations,
@@ -111,3 +111,18 @@ def test_the_frontier_has_no_beaten_point():
     for a in points:
         assert not any(b.predicted <= a.predicted and b.loss < a.loss for b in points)
     assert points == sorted(points, key=lambda p: p.predicted)
+
+
+def test_an_interruption_keeps_what_was_found():
+    made = problem(CANDIDATES)
+    plain, count = made.loss, iter(range(100))
+
+    def loss(choices, graph):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return plain(choices, graph)
+
+    made.loss = loss
+    points = search(made)
+    assert made.was_interrupted
+    assert len(points) == 5
