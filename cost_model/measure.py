@@ -50,14 +50,16 @@ def race(
     """Seconds of each contender, by name, from the same rounds.
 
     tight: stop after min_rounds once the interval of each ratio to the first contender is at most this wide (0.02: two percent of the
-    ratio). time_limit: seconds after which no further round begins; three rounds are always run, or `rounds` if that is fewer.
+    ratio). time_limit: seconds after the first three rounds, the heats, from which on no further round begins.
     lose: after three rounds, contenders whose median is more than this many times the best one's run no further, but for those in keep.
     """
     shuffle, names = random.Random(seed), list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
     began = clock()
     for done in range(rounds):
-        if done >= HEATS and time_limit is not None and clock() - began >= time_limit:
+        if done == HEATS:
+            began = clock()
+        if done > HEATS and time_limit is not None and clock() - began >= time_limit:
             break
         if done == HEATS and lose is not None:
             best = min(median(samples[name]) for name in names)

@@ -60,9 +60,9 @@ def test_no_early_stop_while_rounds_disagree():
     assert found["b"].rounds == 30
 
 
-def test_time_limit_leaves_three_rounds():
+def test_time_limit_counts_after_the_heats():
     clock = Clock()
-    assert race({"a": clock.contender("a", [10.0])}, 50, time_limit=1.0, clock=clock)["a"].rounds == 3
+    assert race({"a": clock.contender("a", [10.0])}, 50, time_limit=30.0, clock=clock)["a"].rounds == 5
     assert race({"a": clock.contender("a", [10.0])}, 2, time_limit=1.0, clock=clock)["a"].rounds == 2
 
 
