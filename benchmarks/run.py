@@ -35,7 +35,10 @@ from benchmarks.workloads.base import Case, Task
 from paretorch.capture import capture
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.contest import relative_error
+from paretorch.cost_model.calibrate import calibrate
 from paretorch.cost_model.measure import race, ratio
+from paretorch.cost_model.memory import weight_bytes
+from paretorch.cost_model.work import work_of
 from paretorch.rewrites import RULES
 from paretorch.rewrites.apply import apply_rule
 from paretorch.rewrites.normalize import normalize
@@ -89,8 +92,19 @@ def exact(name: str, rounds: int) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         print(result.report)
         row = measure(case, result, "paretorch exact", rounds)
-        results.append({**row, **_about(result), "seconds to optimize": seconds, "errors of exact rules": parity(case)})
+        results.append(
+            {**row, **_about(result), "seconds to optimize": seconds, "floor ms": floor(case) * 1e3, "errors of exact rules": parity(case)}
+        )
     return {"workload": name, "mode": "exact", "cases": results, **environment()}
+
+
+def floor(case: Case) -> float:
+    """Seconds that no exact f32 plan can go below here: its products at the best measured rate, or one pass over its weights."""
+    found = calibrate({"eager": RUNTIMES["eager"]})
+    rate = max(s.amount / s.seconds for s in found.samples if s.curve == "matrix" and s.dtype == "f32")
+    graph = normalize(capture(case.model, case.inputs).graph)
+    flops = sum(work.flops for work in map(work_of, graph.calls) if work.is_rated_by_flops)
+    return max(flops / rate, weight_bytes(graph) / found.bandwidth_bytes_per_s if weight_bytes(graph) > found.cache_bytes else 0.0)
 
 
 def parity(case: Case) -> dict[str, float]:
