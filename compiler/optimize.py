@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from paretorch.budget import Budget
-from paretorch.capture import Call, as_call, capture
+from paretorch.capture import Call, Program, as_call, capture
 from paretorch.contest import disagreement
 from paretorch.cost_model.devices import Target
 from paretorch.exact import apply_exact
 from paretorch.ir.analyze import analyze
-from paretorch.ir.errors import CaptureError
+from paretorch.ir.errors import CaptureError, InputError
 from paretorch.islands import optimize_islands
 from paretorch.optimized import Optimized
 from paretorch.rewrites import RULES, rules_named
@@ -60,9 +60,7 @@ def optimize(
     try:
         with stages("capture"):
             program = capture(model, example_inputs, dynamic_shapes)
-            problem = disagreement(program.run_original(*program.example), program.graph.run(*program.example))
-            if problem is not None:
-                raise CaptureError(f"what torch captured is not the model's function, even on example_inputs: {problem}")
+            _check_captured(program)
     except CaptureError as error:
         return _in_parts(model, example_inputs, str(error), target=target, rules=rules, without=without, seed=seed)
     with stages("normalize"):
@@ -81,6 +79,21 @@ def optimize(
     session.measure_reduced(candidates)
     session.search(candidates)
     return settle(session, session.exact_result)
+
+
+def _check_captured(program: Program) -> None:
+    """Compare the captured graph with the model on the example. Raises CaptureError; InputError for a model that is no function of its inputs."""
+    expected = program.run_original(*program.example)
+    problem = disagreement(expected, program.graph.run(*program.example))
+    if problem is None:
+        return
+    repeated = disagreement(expected, program.run_original(*program.example))
+    if repeated is not None:
+        raise InputError(
+            f"the model gives other outputs when it is called again with the same inputs ({repeated}), so no plan can be checked against it; "
+            "it draws random numbers or keeps state: pass what it draws as an input, or fix its seed inside forward"
+        )
+    raise CaptureError(f"what torch captured is not the model's function, even on example_inputs: {problem}")
 
 
 def _in_parts(model: Any, example_inputs: Any, why: str, **options: Any) -> Optimized:

@@ -43,14 +43,21 @@ class Work:
         return len(self.at) == 2
 
 
+UNKNOWN_SIZE = 8
+
+
 def number(value: Any, node: Node | None = None) -> float:
-    """A size, count or formula as a plain number; symbols take the example's sizes. node: any node whose types have those symbols."""
+    """A size, count or formula as a plain number; symbols take the example's sizes. node: any node whose types have those symbols.
+
+    A size that depends on what is in a tensor (how many entries are true) has no example: it counts as UNKNOWN_SIZE.
+    """
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         value = value.node.expr
     hints = _hints(node) if node is not None else {}
-    return float(sympy.sympify(value).subs(hints))
+    found = sympy.sympify(value).subs(hints)
+    return float(found.subs(dict.fromkeys(found.free_symbols, UNKNOWN_SIZE)))
 
 
 def _hints(node: Node) -> dict[Any, Any]:

@@ -234,3 +234,21 @@ def test_an_evaluate_budget_runs_the_users_loop():
     result = paretorch.optimize(model, items[0], target=TARGET, budget=Budget(evaluate=evaluate, max_drop=0.05), data=items, time_limit=10)
     assert calls
     assert result(items[0]).shape == (2, 8)
+
+
+def test_a_model_that_draws_numbers_is_refused():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    with pytest.raises(InputError, match="draws random numbers"):
+        paretorch.optimize(Noisy().eval(), torch.randn(2, 8), target=TARGET)
+
+
+def test_a_size_that_depends_on_data_can_be_priced():
+    class Chosen(nn.Module):
+        def forward(self, x):
+            return (x[x.sum(-1) > 0] * 2).sum(0)
+
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(paretorch.optimize(Chosen().eval(), x, target=TARGET)(x), Chosen()(x))
