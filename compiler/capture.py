@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from paretorch.blame import blame, first_line
 from paretorch.caches import register_caches
 from paretorch.imported import graph_of_export, graph_of_traced, live_tensor
+from paretorch.ir.collector import uncollected
 from paretorch.ir.errors import CaptureError, InputError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable
@@ -207,7 +208,8 @@ def _climb(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims
     from paretorch.dynamo import from_dynamo
 
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dims, strict=False)
+        with uncollected():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dims, strict=False)
         return from_export(program, model, args, kwargs)
     except Exception as error:  # torch.export raises many kinds; the next rung says what happened
         if dims and "Constraints violated" in str(error):

@@ -27,9 +27,9 @@ class Judge:
         self._scores: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Any, ...]] = {}
 
-    def ranking(self, execute: Executable, limit: float) -> Tensor:
-        """f64[n]: loss per sample on the ranking part, until its interval lies on one side of the limit."""
-        return self._until(execute, self.split.ranking, lambda drop: drop.high < limit or drop.low > limit)
+    def ranking(self, execute: Executable, least: float, most: float) -> Tensor:
+        """f64[n]: loss per sample on the ranking part, until its interval lies below the least limit of interest or beyond the greatest."""
+        return self._until(execute, self.split.ranking, lambda drop: drop.high < least or drop.low > most)
 
     def held_out(self, execute: Executable, limit: float) -> Tensor:
         """f64[n]: loss per sample on the part that never ranks; cut short only where its whole interval is beyond the limit."""

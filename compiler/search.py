@@ -117,7 +117,8 @@ def _explore(state: _State, base_seconds: float) -> None:
         state.evaluate(start)
         for share in BUDGET_SHARES:
             _bisect(state, rungs, share * problem.limit)
-    _refine(state, moves)
+    for share in BUDGET_SHARES:
+        _refine(state, moves, share * problem.limit)
 
 
 @dataclass
@@ -282,12 +283,12 @@ def _bisect(state: _State, rungs: Sequence[tuple[Choice, ...]], limit: float) ->
             high = middle
 
 
-def _refine(state: _State, moves: Sequence[Move]) -> None:
-    """From the fastest plan within the limit: add or change one move, sometimes giving another up; go on from what is faster and holds."""
+def _refine(state: _State, moves: Sequence[Move], limit: float) -> None:
+    """From the fastest plan within this limit: add or change one move; go on from what is faster and holds."""
     chance = random.Random(state.problem.seed)
     tried: set[tuple[Choice, ...]] = set()
     for _ in range(REFINEMENTS):
-        good = [point for point in state.points.values() if point.loss <= state.problem.limit]
+        good = [point for point in state.points.values() if point.loss <= limit]
         if state.is_over or not good or not moves:
             return
         best = min(good, key=lambda point: (point.predicted, str(point.choices)))

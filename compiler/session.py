@@ -29,11 +29,11 @@ from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
 from paretorch.rewrites.apply import Candidate, apply_choice
 from paretorch.rewrites.rule import Refusal, Rule
-from paretorch.search import ConflictError, Point, Problem, search
+from paretorch.search import BUDGET_SHARES, ConflictError, Point, Problem, search
 from paretorch.stages import Stages
 
 ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
-MAX_EVALUATIONS = 24
+MAX_EVALUATIONS = 48
 KEPT_GRAPHS = 64
 REDUCED_ROUNDS = 5
 MEMORY_SLACK = 1.02  # liveness is counted at tensors; alignment and scratch space are not
@@ -183,7 +183,7 @@ class Session:
             name = f"loss {'; '.join(map(str, choices))} of {limit}"
             kept = self.kept.get(name)
             if kept is None:
-                drop = paired_drop(judge.ranking(self.eager(graph), limit), seed=self.seed)
+                drop = paired_drop(judge.ranking(self.eager(graph), min(BUDGET_SHARES) * limit, limit), seed=self.seed)
                 kept = [drop.mean, drop.half_width, drop.n]
                 self.kept.put(name, kept)
             return kept[0], kept[1], int(kept[2])

@@ -27,14 +27,15 @@ from paretorch.cost_model.panels import Panel, cache_bytes, compile_panels, forg
 from paretorch.cost_model.probes import DISPATCH, Probe, static_graph
 from paretorch.cost_model.rates import analytic, derive
 from paretorch.cost_model.work import Work, work_of
+from paretorch.ir.collector import uncollected
 from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
 
-QUICK_SECONDS, THOROUGH_SECONDS = 5.0, 30.0  # of measuring, beside compiling
+QUICK_SECONDS, THOROUGH_SECONDS = 2.5, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
-BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
+BURST, BURST_SECONDS = 6, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
 LOW = 25  # the percentile that is kept: what a probe takes when nothing disturbs it
 CONTRADICTION = 2.0
 DERIVED = {"inductor": "eager"}  # compiling takes too long to measure curves: rates follow from another runtime's
@@ -74,7 +75,7 @@ def calibrate(
     """Rates of these runtimes on this machine, from the cache where its fingerprint still holds.
 
     device: the row of what is measured; a GPU is refused with TargetError if a measurement contradicts its row by more than twice.
-    The quick form takes under 15 s on two cores, the thorough one under a minute. cache=False measures anew and keeps the result.
+    The quick form takes about 15 s on two cores, the thorough one under a minute. cache=False measures anew and keeps the result.
     """
     place = "cuda" if device is not None and device.kind in ("cuda", "rocm") else "cpu"
     wanted = _with_bases(runtimes)
@@ -86,7 +87,8 @@ def calibrate(
             samples[name] = kept
     missing = {name: runtime for name, runtime in wanted.items() if name not in samples}
     if missing:
-        samples |= _measure(missing, thorough, place, clock, notes)
+        with uncollected():
+            samples |= _measure(missing, thorough, place, clock, notes)
     for name in missing:
         problem = fingerprint.write(fingerprint.fingerprint(name, thorough, place), samples[name], date.today().isoformat())
         if problem is not None:
@@ -181,9 +183,6 @@ def _sample(run: _Run, probe: Probe, idle: float) -> Sample:
 @remember
 def _works(probe: Probe, rows: int, dtype: str) -> tuple[Work, ...]:
     return tuple(work_of(node) for node in static_graph(probe, rows, dtype).calls)
-
-
-# compiling
 
 
 # checking against the device row

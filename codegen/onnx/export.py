@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from paretorch.codegen.onnx.emitters import EMITTERS
+from paretorch.ir.collector import uncollected
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import OPS
@@ -114,7 +115,7 @@ def _exported(graph: Graph, opset: int, output_names: list[str]) -> Any:
     """torch.onnx's program. Raises LoweringError."""
     graph = _tensors_only(graph)
     examples, dims = _examples(graph)
-    with _quiet(), torch.no_grad():
+    with _quiet(), uncollected(), torch.no_grad():
         try:
             exported = torch.export.export(graph.module(), examples, dynamic_shapes=dims, strict=False)
             program = torch.onnx.export(
