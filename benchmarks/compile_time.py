@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import paretorch
-from benchmarks.prediction import Vision
+from benchmarks.prediction_models import Vision
 from benchmarks.run import RESULTS, environment
 
 DEPTHS = (12, 48)

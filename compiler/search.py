@@ -71,9 +71,10 @@ class Point:
 class Problem:
     """What `search` needs to know, as functions, so that it knows no runtime and no model.
 
-    apply: choices -> graph (raises ConflictError if they do not go together); price: graph -> (seconds, runtime);
-    drifts: (choices, samples) -> label-free drift of each choice alone, or a sentence; loss: (choices, their graph) -> (mean, half width, n)
-    on the ranking part; memory: graph -> bytes. was_interrupted: set if Ctrl-C ended the search; what was found until then is kept.
+    apply: choices -> graph (raises ConflictError if they do not go together); price: graph -> (seconds, runtime); drifts: (choices, samples) ->
+    label-free drift of each choice alone, or a sentence; loss: (choices, their graph) -> (mean, half width, n) on the ranking part.
+    memory: graph -> bytes; break_even: choice -> from which size it pays, "" where no size varies; conflict: of choices, one that is known not
+    to go with another, and why, so that the pair is not tried. was_interrupted: set if Ctrl-C ended the search; what was found is kept.
     """
 
     candidates: Sequence[Candidate]
@@ -88,6 +89,8 @@ class Problem:
     record: Callable[[str, Choice, str, float | None, float | None], None] = lambda *_: None  # verdict, choice, reason, saved, drift
     evidence: dict[str, Any] = field(default_factory=dict)
     memory: Callable[[Graph], int] = lambda _: 0
+    break_even: Callable[[Choice], str] = lambda _: ""
+    conflict: Callable[[tuple[Choice, ...]], tuple[Choice, str] | None] = lambda _: None
     was_interrupted: bool = False
 
 
@@ -152,11 +155,14 @@ class _State:
     def _fitting(self, choices: tuple[Choice, ...]) -> tuple[tuple[Choice, ...], Graph | None]:
         """The choices that go together, and their graph; no graph if the plan is known already, works or not."""
         while choices not in self.points and choices not in self.broken:
+            known = self.problem.conflict(choices)
             try:
-                return choices, self.problem.apply(choices)
+                if known is None:
+                    return choices, self.problem.apply(choices)
             except ConflictError as error:
-                self.problem.record("in conflict", error.choice, str(error).splitlines()[0], None, None)
-                choices = tuple(choice for choice in choices if choice != error.choice)
+                known = error.choice, str(error).splitlines()[0]
+            self.problem.record("in conflict", known[0], known[1], None, None)
+            choices = tuple(choice for choice in choices if choice != known[0])
         return choices, None
 
 
@@ -214,7 +220,9 @@ def _usable_knobs(state: _State, candidate: Candidate, base_seconds: float) -> l
         if not savings:
             problem.record("illegal", choice, reason, None, None)
         else:
-            problem.record("priced out", choice, f"predicted to save {best * 1e3:.3f} ms of {base_seconds * 1e3:.3f} ms here", best, None)
+            here = f"predicted to save {best * 1e3:.3f} ms of {base_seconds * 1e3:.3f} ms here"
+            pays = problem.break_even(choice)
+            problem.record("priced out", choice, f"{here}; {pays}" if pays else here, best, None)
     return usable
 
 

@@ -13,7 +13,9 @@ import torch
 from paretorch.budget import Budget
 from paretorch.capture import Program
 from paretorch.codegen.runtimes import RUNTIMES
+from paretorch.conflicts import Conflicts
 from paretorch.contest import SLOW_TO_COMPILE, Contender, Lowering, contenders, run_race
+from paretorch.cost_model.break_even import break_evens, sentence
 from paretorch.cost_model.calibrate import DERIVED, analytic, calibrate
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.price import Prices
@@ -64,10 +66,16 @@ class Session:
     kept: Evidence = field(default_factory=lambda: Evidence(None))  # of ranking data, from this search and earlier ones
     exact: Graph = field(init=False)
     exact_result: Any = None  # the Optimized of the exact plan, what `choose` falls back to
+    _break_evens: dict[str, str] = field(default_factory=dict)
     _applied: dict[tuple[Choice, ...], Graph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.exact = self.normalized
+
+    @cached_property
+    def conflicts(self) -> Conflicts:
+        """What is known not to go together on the exact graph."""
+        return Conflicts(self.exact, self.rules)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,6 +127,13 @@ class Session:
             return f"it is predicted to need {peak / 1e6:.1f} MB, more than the original's {original / 1e6:.1f} MB"
         return None
 
+    def _break_even(self, choice: Choice) -> str:
+        """From which sizes a choice pays, as a sentence; looked for once per rule, since each answer takes dozens of prices."""
+        if choice.rule not in self._break_evens:
+            found = break_evens(self.exact, self.apply((choice,)), lambda graph: self.price(graph)[0])
+            self._break_evens[choice.rule] = sentence(found, self.exact)
+        return self._break_evens[choice.rule]
+
     # plans
 
     def apply(self, choices: tuple[Choice, ...]) -> Graph:
@@ -137,11 +152,21 @@ class Session:
             try:
                 graph = apply_choice(by_name[choice.rule], graph, choice.site, choice.knob)
             except PlanError as error:
-                raise ConflictError(str(error), choice) from error
+                raise ConflictError(self._clash(ordered[:length], choice, str(error)), choice) from error
             while len(self._applied) >= KEPT_GRAPHS:
                 self._applied.pop(next(iter(self._applied)))
             self._applied[ordered[: length + 1]] = graph
         return graph
+
+    def _clash(self, earlier: tuple[Choice, ...], choice: Choice, reason: str) -> str:
+        """The reason with the one among the earlier choices after which this one fails alone, if there is such a one."""
+        by_name = {rule.name: rule for rule in self.rules}
+        for other in earlier if len(earlier) > 1 else ():
+            try:
+                apply_choice(by_name[choice.rule], self.apply((other,)), choice.site, choice.knob)
+            except PlanError as error:
+                return self.conflicts.learn(other, choice, str(error))
+        return self.conflicts.learn(earlier[0], choice, reason) if len(earlier) == 1 else reason
 
     def ordered(self, choices: Iterable[Choice]) -> tuple[Choice, ...]:
         """In the order of application: by family, wider rules first, then by place in the graph."""
@@ -172,28 +197,25 @@ class Session:
 
     def search(self, candidates: Sequence[Candidate]) -> None:
         """Fill `points` with evaluated plans."""
+        with self.stages("search"):
+            problem = self.problem(candidates)
+            self.points = search(problem)
+        if problem.was_interrupted:
+            self.notes.append("the search was interrupted; the best plan until then is judged and returned")
+        for point in self.points:
+            self.evidence[f"loss {'; '.join(map(str, point.choices)) or 'exact'}"] = [point.loss, point.half_width, point.samples]
+
+    def problem(self, candidates: Sequence[Candidate]) -> Problem:
+        """What the search is asked: plans made of these candidates, on this session's graph, prices and data."""
         judge, limit = self.judge, self.budget.limit
-        assert judge is not None  # search is called with a budget
-        assert limit is not None
-
-        def loss(choices: tuple[Choice, ...], graph: Graph) -> tuple[float, float, int]:
-            too_large = self.memory_refusal(graph)
-            if too_large is not None:
-                raise PlanError(too_large)
-            name = f"loss {'; '.join(map(str, choices))} of {limit}"
-            kept = self.kept.get(name)
-            if kept is None:
-                drop = paired_drop(judge.ranking(self.eager(graph), min(BUDGET_SHARES) * limit, limit), seed=self.seed)
-                kept = [drop.mean, drop.half_width, drop.n]
-                self.kept.put(name, kept)
-            return kept[0], kept[1], int(kept[2])
-
-        problem = Problem(
+        assert judge is not None and limit is not None  # only with a budget  # noqa: PT018
+        self.kept = evidence_of(self.exact, self.budget, judge.split, self.seed)
+        return Problem(
             candidates=candidates,
             apply=self.apply,
             price=self.price,
             drifts=self._drifts,
-            loss=loss,
+            loss=self._loss,
             limit=limit,
             max_evaluations=MAX_EVALUATIONS,
             stages=self.stages,
@@ -201,14 +223,24 @@ class Session:
             record=self._record,
             evidence=self.evidence,
             memory=self.prices.peak_memory,
+            break_even=self._break_even,
+            conflict=lambda choices: self.conflicts.first(self.ordered(choices)),
         )
-        with self.stages("search"):
-            self.kept = evidence_of(self.exact, self.budget, judge.split, self.seed)
-            self.points = search(problem)
-        if problem.was_interrupted:
-            self.notes.append("the search was interrupted; the best plan until then is judged and returned")
-        for point in self.points:
-            self.evidence[f"loss {'; '.join(map(str, point.choices)) or 'exact'}"] = [point.loss, point.half_width, point.samples]
+
+    def _loss(self, choices: tuple[Choice, ...], graph: Graph) -> tuple[float, float, int]:
+        """Mean loss on the ranking part, half width, samples. Raises PlanError for a plan that needs too much memory, LoweringError."""
+        judge, limit = self.judge, self.budget.limit
+        assert judge is not None and limit is not None  # only with a budget  # noqa: PT018
+        too_large = self.memory_refusal(graph)
+        if too_large is not None:
+            raise PlanError(too_large)
+        name = f"loss {'; '.join(map(str, choices))} of {limit}"
+        kept = self.kept.get(name)
+        if kept is None:
+            drop = paired_drop(judge.ranking(self.eager(graph), min(BUDGET_SHARES) * limit, limit), seed=self.seed)
+            kept = [drop.mean, drop.half_width, drop.n]
+            self.kept.put(name, kept)
+        return kept[0], kept[1], int(kept[2])
 
     def _drifts(self, choices: Sequence[Choice], samples: int) -> list[float | str]:
         """The label-free drift of each choice alone, or why it could not be run; what is not known is spread over the executor."""

@@ -7,7 +7,6 @@ are free where the runtime has strides (the reshape of a permuted value is then 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.fx import Node
 from paretorch.cost_model.curves import Calibration, Rates
 from paretorch.cost_model.device_rows import Device
 from paretorch.cost_model.memory import copies, output_bytes, peak_memory, weight_bytes
-from paretorch.cost_model.work import Work, kind_of, work_of
+from paretorch.cost_model.work import Work, kind_of, other_sizes, work_of
 from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import op_of
@@ -69,22 +68,6 @@ class Prices:
         """Bytes of weights and of values that live at the same time, at the example's sizes."""
         return peak_memory(graph)
 
-    def break_even(self, before: Callable[[int], Graph], after: Callable[[int], Graph], runtime: str, low: int, high: int) -> int | None:
-        """The smallest size in [low, high] from which `after` is predicted to be the faster; None if it is not even at `high`.
-
-        before, after: the graph at a size; the saving is taken to grow with the size.
-        """
-
-        def pays(size: int) -> bool:
-            return self.graph_cost(after(size), runtime).seconds < self.graph_cost(before(size), runtime).seconds
-
-        if not pays(high):
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if pays(middle) else (middle + 1, high)
-        return low
-
     def _context(self, runtime: str, nbytes: float) -> _Context:
         return _Context(runtime, _missing(nbytes, self.calibration.cache_bytes), _missing(nbytes, self.calibration.near_cache_bytes))
 
@@ -92,7 +75,7 @@ class Prices:
         if kind_of(node) == "scalar":
             return NOTHING
         fused = fusions(node)
-        key = (_signature(node), context, fused)
+        key = (_signature(node), context, fused, other_sizes())
         if key not in self._known:
             self._known[key] = self._price(node, context, fused)
         return self._known[key]

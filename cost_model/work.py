@@ -5,6 +5,9 @@ Everything comes from the op table's columns and the types, nothing from names: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any
@@ -44,6 +47,22 @@ class Work:
 
 
 UNKNOWN_SIZE = 8
+_other_sizes: ContextVar[dict[sympy.Symbol, int]] = ContextVar("sizes", default={})  # noqa: B039  # never changed in place
+
+
+@contextmanager
+def at_sizes(sizes: dict[sympy.Symbol, int]) -> Iterator[None]:
+    """In this block these symbols stand for these sizes instead of the example's."""
+    token = _other_sizes.set(sizes)
+    try:
+        yield
+    finally:
+        _other_sizes.reset(token)
+
+
+def other_sizes() -> tuple[tuple[str, int], ...]:
+    """What `at_sizes` set, as a key for what is kept."""
+    return tuple(sorted((str(symbol), size) for symbol, size in _other_sizes.get().items()))
 
 
 def number(value: Any, node: Node | None = None) -> float:
@@ -67,7 +86,7 @@ def _hints(node: Node) -> dict[Any, Any]:
             sizes = tensor.shape if isinstance(tensor, Tensor) else (tensor,)
             symbolic = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
             if symbolic is not None:
-                return dict(symbolic.node.shape_env.var_to_val)
+                return {**symbolic.node.shape_env.var_to_val, **_other_sizes.get()}
     return {}
 
 

@@ -79,5 +79,5 @@ def example(batch: int = 2, tokens: int = 13) -> Graph:
 RULE = Rule(
     name=NAME, family="token_merging", effect=Lossy(knob="r", values=VALUES), saves=("flops", "bytes", "memory"),
     source="arXiv:2210.09461", example=example, sites=sites, rewrite=rewrite,
-    reads=frozenset({"token_count"}), invalidates=frozenset({"positions", "token_count", "grid"}),
+    invalidates=frozenset({"positions", "token_count", "grid"}),
 )  # fmt: skip
