@@ -32,10 +32,10 @@ from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
 
-QUICK_SECONDS, THOROUGH_SECONDS = 2.5, 30.0  # of measuring, beside compiling
+QUICK_SECONDS, THOROUGH_SECONDS = 5.0, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
-BURST, BURST_SECONDS = 6, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
+BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
 LOW = 25  # the percentile that is kept: what a probe takes when nothing disturbs it
 CONTRADICTION = 2.0
 DERIVED = {"inductor": "eager"}  # compiling takes too long to measure curves: rates follow from another runtime's

@@ -18,7 +18,7 @@ from paretorch.ir.protocols import Executable, Runtime
 
 DTYPES = ("f32", "bf16")
 CHEAP_COMPILE_S = 0.05  # a runtime that compiles a probe in less gets a graph for each
-SHORT_CHAIN = 2  # the longest chains that are compiled at half precision where compiling takes long
+SHORT_CHAIN = 4  # the longest chains that are compiled at half precision where compiling takes long
 LARGEST_COLD_BYTES = 48e6  # a larger cache is not overflowed by calibration: weights are then taken to stay in it
 
 

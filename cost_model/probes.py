@@ -170,7 +170,7 @@ def ones(dtype: str, size: int) -> Tensor:
 
 def convolution_and_norm(b: Builder, x: Node, dtype: str) -> Node:
     """Pointwise convolutions, each followed by a batch norm, a residual add and a pointwise op."""
-    for _ in range(2):
+    for _ in range(NORMED_COUNT):
         y = convolutions(CONVOLVED, 1, 1, 1)(b, x, dtype)
         x = b.relu(b.add(batch_norms(CONVOLVED, 1)(b, y, dtype), x))
     return x
@@ -207,12 +207,11 @@ BATCH, HEADS, TOKENS = 4, 6, 128
 WARM_WIDTH, WARM_COUNT = 384, 12  # weights of 7 MB at f32: together more than a core's own cache, each less
 TINY, TINY_ROWS, TINY_COUNT = 8, 2, 32
 NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
-CONVOLVED, CONVOLVED_POSITIONS = 32, 8 * 28 * 28
+CONVOLVED, CONVOLVED_POSITIONS, NORMED_COUNT = 32, 8 * 28 * 28, 4
 LINEAR = tuple(
     Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
     for width, count, rows in (
-        (32, 4, (1, 32, 1024)), (128, 4, (1, 16, 128)), (128, 1, (1024,)),
-        (384, 1, (1, 8, 32, 64, 128, 256, 1024)), (1024, 1, (1, 8, 64, 256)),
+        (32, 4, (1, 32, 1024)), (128, 4, (1, 16, 128, 1024)), (384, 4, (1, 8, 32, 64, 128, 256, 1024)), (1024, 2, (1, 8, 64, 256)),
     )
 )  # fmt: skip
 ATTENTION = (
@@ -227,7 +226,7 @@ CONVOLUTION = tuple(
     for curve, taps, depthwise in (
         ("convolution", 3, False), ("convolution.pointwise", 1, False), ("convolution.depthwise", 3, True),
     )
-    for channels, side, count, rows in ((32, 28, 2, (1, 8)), (128, 14, 2, (1, 4)), (96, 56, 1, (1,)))
+    for channels, side, count, rows in ((32, 28, 4, (1, 8)), (128, 14, 4, (1, 4)), (96, 56, 3, (1,)))
 )  # fmt: skip
 ROWS = (
     Probe("layer_norm", "layer_norm", norms(384, 3), (384,), (8, 197, 1576), 3, serves=("row",)),

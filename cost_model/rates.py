@@ -9,7 +9,18 @@ from typing import Any
 
 from paretorch.cost_model.curves import Calibration, Curve, Rates, Sample
 from paretorch.cost_model.device_rows import Device
-from paretorch.cost_model.probes import BATCH, CONVOLVED, CONVOLVED_POSITIONS, HEADS, NARROW, NARROW_COUNT, NARROW_ROWS, PROBES, TOKENS
+from paretorch.cost_model.probes import (
+    BATCH,
+    CONVOLVED,
+    CONVOLVED_POSITIONS,
+    HEADS,
+    NARROW,
+    NARROW_COUNT,
+    NARROW_ROWS,
+    NORMED_COUNT,
+    PROBES,
+    TOKENS,
+)
 from paretorch.cost_model.work import RATED_BY_FLOPS
 from paretorch.ir.types import DTYPES
 
@@ -122,8 +133,8 @@ def _shares(group: list[Sample], curves: dict[str, Curve], strided: bool) -> dic
     plain = next((s for s in group if s.curve == "convolution.pointwise" and s.at == (CONVOLVED_POSITIONS, CONVOLVED)), None)
     if "convolution_norm" in total and plain is not None:
         one = CONVOLVED_POSITIONS * CONVOLVED * DTYPES[plain.dtype].itemsize
-        extra = total["convolution_norm"].seconds - 2 * plain.seconds
-        filtered = share(extra, 2 * (2 * one / norm((2 * one,)) + seconds(3 * one) + seconds(2 * one)))
+        extra = total["convolution_norm"].seconds - NORMED_COUNT * plain.seconds
+        filtered = share(extra, NORMED_COUNT * (2 * one / norm((2 * one,)) + seconds(3 * one) + seconds(2 * one)))
     beside = 1.0 if strided else _beside_attention(group)
     # what a runtime fuses behind a product it fuses behind a convolution, too
     return {"chained": chained, "epilogue": epilogue, "into_row": into_row, "filtered": min(filtered, epilogue), "beside_attention": beside}

@@ -50,6 +50,8 @@ class Graph:
         self.fx = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.fake_mode = fake_mode or new_fake_mode()
+        self.edits = 0
+        self._is_draft = False
 
     # reading
 
@@ -118,6 +120,23 @@ class Graph:
             twin = other.fx.node_copy(node, lambda n: copies[n])
             twin.meta = dict(node.meta)
             copies[node] = twin
+        return other
+
+    def draft(self) -> Graph:
+        """A copy that `edit` hands out itself, so that many rewrites share one copy; for one owner, who keeps it if all of them end well."""
+        other = self.copy()
+        other._is_draft = True
+        return other
+
+    def settled(self) -> Graph:
+        """This graph, no longer a draft."""
+        self._is_draft = False
+        return self
+
+    def edit(self) -> Graph:
+        """What a rewrite may edit: a copy, or this graph while it is a draft. Asked for once the rewrite is sure to be made."""
+        other = self if self._is_draft else self.copy()
+        other.edits += 1
         return other
 
     def input(self, name: str, fake: Any) -> Node:

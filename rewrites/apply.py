@@ -46,13 +46,14 @@ def apply_rule(rule: Rule, graph: Graph, limit: int | None = None) -> tuple[Grap
         sites, refusals = sites_of(rule, graph)
         if not sites or (limit is not None and len(applied) >= limit):
             return graph, applied, refusals
+        draft = graph.draft()
         for site in sites:
             if limit is not None and len(applied) >= limit:
                 break
-            if not _missing(graph, site.name):
-                after = _rewritten(rule, graph, site)
-                applied += [Applied(rule.name, site.name)] if after is not graph else []
-                graph = after
+            before = draft.edits
+            if not _missing(draft, site.name) and _rewritten(rule, draft, site).edits > before:
+                applied.append(Applied(rule.name, site.name))
+        graph = draft.settled()
         verify(graph, rule.name)
     raise RuleError(f"{rule.name} still finds sites after {MOST_ROUNDS} rounds; its replacement must not match its own pattern")
 
@@ -145,11 +146,12 @@ def _refuses(rule: Rule, match: Match) -> str | None:
 
 def _rewrite_local(rule: Rule, graph: Graph, site: Site) -> Graph:
     assert rule.pattern is not None and rule.replacement is not None  # a local rule has both  # noqa: PT018
-    edited = graph.copy()
-    root = edited.node(site.name)
-    match = match_at(_pattern(rule.pattern), edited, root) if root is not None else None
-    if root is None or not isinstance(match, Match) or _refuses(rule, match) is not None:
+    if _match_of(rule, graph, site) is None:
         return graph
+    edited = graph.edit()
+    match = _match_of(rule, edited, site)
+    assert match is not None  # it is the same graph
+    root = match.root
     made = rule.replacement(Builder(edited, root, origin=origin_of(root), rule=rule.name, site=site.name), match)
     for old, new in zip(match.outputs, made if isinstance(made, (tuple, list)) else (made,), strict=True):
         if type_of(old) != type_of(new):
@@ -158,6 +160,13 @@ def _rewrite_local(rule: Rule, graph: Graph, site: Site) -> Graph:
     if len(match.outputs) > 1:
         _sort(edited)
     return edited.clean()
+
+
+def _match_of(rule: Rule, graph: Graph, site: Site) -> Match | None:
+    """The rule's match at a site, if it is still there and legal."""
+    root = graph.node(site.name)
+    match = match_at(_pattern(rule.pattern), graph, root) if root is not None and rule.pattern is not None else None
+    return match if isinstance(match, Match) and _refuses(rule, match) is None else None
 
 
 def _sort(graph: Graph) -> None:

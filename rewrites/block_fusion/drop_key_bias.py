@@ -84,7 +84,7 @@ def _size(size: Any) -> Any:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     linear = graph.node(site.name)
     assert linear is not None  # sites said so
     b = Builder(graph, linear, origin=origin_of(linear), rule=NAME, site=site.name)

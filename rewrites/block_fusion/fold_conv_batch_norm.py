@@ -57,7 +57,7 @@ def scaled(weight: Tensor, scale: Tensor, conv: Node) -> Tensor:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     norm = graph.node(site.name)
     assert norm is not None and isinstance(norm.args[0], Node)  # sites said so  # noqa: PT018
     conv, a = norm.args[0], arguments(norm)

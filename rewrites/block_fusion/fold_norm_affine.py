@@ -53,7 +53,7 @@ def _refuses(graph: Graph, norm: Node) -> str | None:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     norm = graph.node(site.name)
     assert norm is not None  # sites said so
     a = arguments(norm)

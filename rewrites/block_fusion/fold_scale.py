@@ -59,7 +59,7 @@ def _refuses(graph: Graph, node: Node, linear: Node, scale: Any) -> str | None:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     node = graph.node(site.name)
     assert node is not None  # sites said so
     linear, scale = _parts(graph, node)

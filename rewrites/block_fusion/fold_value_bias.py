@@ -83,7 +83,7 @@ def _sees_itself(attention: Node, bound: dict[str, Any]) -> bool:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     attention = graph.node(site.name)
     chain = _chain(attention) if attention is not None else None
     assert attention is not None and chain is not None  # sites said so  # noqa: PT018

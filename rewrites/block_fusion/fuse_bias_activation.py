@@ -47,7 +47,7 @@ def _activation(node: Node) -> str | None:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     node = graph.node(site.name)
     assert node is not None and isinstance(node.args[0], Node)  # sites said so  # noqa: PT018
     b = Builder(graph, node, origin=origin_of(node), rule=NAME, site=site.name)

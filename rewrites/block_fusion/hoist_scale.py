@@ -54,7 +54,7 @@ def _refuses(scaled: Node) -> str | None:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     scaled, attention = (graph.node(name) for name in site.name.split("+"))
     assert scaled is not None and attention is not None  # sites said so  # noqa: PT018
     number = float(scaled.args[1])  # type: ignore[arg-type]

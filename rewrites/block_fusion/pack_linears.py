@@ -41,7 +41,7 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
-    graph = graph.copy()
+    graph = graph.edit()
     group = [node for name in site.name.split("+") if (node := graph.node(name)) is not None]
     order = {node: place for place, node in enumerate(graph.nodes)}
     first = min(group, key=order.__getitem__)

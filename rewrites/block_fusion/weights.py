@@ -25,7 +25,8 @@ def wide(graph: Graph, node: Any) -> Tensor | None:
 
 def is_fixed(graph: Graph, *values: Any) -> bool:
     """Whether every value is absent, or a floating constant of the graph."""
-    return all(value is None or wide(graph, value) is not None for value in values)
+    held = [graph.constant(value) for value in values if value is not None]
+    return all(tensor is not None and tensor.dtype.is_floating_point for tensor in held)
 
 
 def derive(b: Builder, name: str, what: Hashable, sources: Sequence[Tensor], make: Callable[[], Tensor]) -> Node:
