@@ -35,6 +35,7 @@ from paretorch.ir.protocols import Executable, Runtime
 QUICK_SECONDS, THOROUGH_SECONDS = 5.0, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
+WHOLE_SECONDS = 20e-3  # the same for blocks, of which there are few and on which all prices hang
 BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
 LOW = 25  # the percentile that is kept: what a probe takes when nothing disturbs it
 CONTRADICTION = 2.0
@@ -139,7 +140,8 @@ def _measure(
             break
         shuffle.shuffle(order)
         for run in order:
-            run.samples += burst(run.call, BURST_SECONDS, BURST, clock)
+            whole = run.probe is not None and run.probe.is_whole
+            run.samples += burst(run.call, WHOLE_SECONDS if whole else BURST_SECONDS, BURST, clock)
     forget_inputs()
     found: dict[str, list[Sample]] = {name: [] for name in runtimes}
     for name, samples in found.items():
@@ -155,12 +157,13 @@ def _idle_seconds(runs: Sequence[_Run]) -> dict[int, float]:
     launch = next((_low(run.samples) / run.panel.nodes for run in runs if run.probe == DISPATCH), 0.0)
     for run in runs:
         if len(run.panel.probes) == 1:
-            found[id(run.panel)] = 0.0 if run.probe == DISPATCH else launch * run.panel.nodes
+            keeps_dispatch = run.probe is not None and (run.probe == DISPATCH or run.probe.is_whole)
+            found[id(run.panel)] = 0.0 if keeps_dispatch else launch * run.panel.nodes
     return found
 
 
 def _runs(panel: Panel) -> list[_Run]:
-    active = [_Run(panel, probe, rows, panel.call(probe, rows)) for probe in panel.probes for rows in probe.rows]
+    active = [_Run(panel, probe, rows, panel.call(probe, rows)) for probe in panel.probes for rows in panel.sizes(probe)]
     return active if len(panel.probes) == 1 else [_Run(panel, None, 0, panel.call(None, 0)), *active]
 
 

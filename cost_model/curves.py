@@ -69,6 +69,7 @@ class Rates:
     between attention and the products around it.
     strided: views are not executed and cost view_s, and a copy is made only where a reshape needs it. cold_s_per_byte: further seconds for each
     byte of weights that no cache holds; warm_s_per_byte: of those that only the shared cache holds.
+    scale, convolved: how much longer nodes, and convolutions, take among others than in a chain of their own.
     flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only; measured curves contain it.
     """
 
@@ -86,6 +87,8 @@ class Rates:
     warm_s_per_byte: float = 0.0
     flops_per_s: float = math.inf
     output_s_per_byte: float = 0.0
+    scale: float = 1.0
+    convolved: float = 1.0
 
     def curve(self, names: Iterable[str]) -> Curve | None:
         """The first of these curves that there is."""
@@ -131,6 +134,7 @@ class Calibration:
             unit = {name: "GFLOP/s" if len(curve.columns) > 1 or name == "matrix" else "GB/s" for name, curve in rates.curves.items()}
             parts = [f"{name} {rate / 1e9:.1f} {unit[name]}" for name, rate in sorted(best.items()) if rate]
             parts += [f"launch {rates.launch_s * 1e6:.1f} us", f"call {rates.call_s * 1e6:.0f} us"]
+            parts += [f"in models {rates.scale:.2f} times as long, convolutions {rates.convolved:.2f} times"]
             spreads = [s.spread for s in self.of(runtime, dtype)]
             spread = f", spread {median(spreads):.0%}" if spreads else ""
             lines.append(f"  {runtime} {dtype}{spread}: {', '.join(parts)}")

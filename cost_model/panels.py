@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paretorch.cost_model.devices import cache_sizes, shared_cache_bytes
-from paretorch.cost_model.probes import DISPATCH, GPU_PROBES, PROBES, TINY_ROWS, Probe, cold_probe, panel
+from paretorch.cost_model.probes import DISPATCH, GPU_PROBES, PROBES, TINY_ROWS, WHOLES, Probe, cold_probe, panel
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
 
@@ -24,7 +24,10 @@ LARGEST_COLD_BYTES = 48e6  # a larger cache is not overflowed by calibration: we
 
 @dataclass
 class Panel:
-    """A compiled graph of probes. idle: inputs with which no probe does anything; widen: inputs are f32 whatever the dtype."""
+    """A compiled graph of probes. idle: inputs with which no probe does anything; widen: inputs are f32 whatever the dtype.
+
+    rows: the only size that it takes, of a block that is compiled as models are; None where it takes any.
+    """
 
     runtime: str
     dtype: str
@@ -35,6 +38,11 @@ class Panel:
     widen: bool
     place: str
     compile_s: float
+    rows: int | None = None
+
+    def sizes(self, probe: Probe) -> tuple[int, ...]:
+        """The sizes at which a probe can be run here."""
+        return probe.rows if self.rows is None else (self.rows,)
 
     def call(self, probe: Probe | None, rows: int) -> Callable[[], Any]:
         """A call in which this probe has so many rows, and the others are idle."""
@@ -81,6 +89,8 @@ def compile_panels(runtimes: Mapping[str, Runtime], thorough: bool, place: str, 
             else:
                 few = tuple(probe for probe in probes if dtype == "f32" or probe.repeats <= SHORT_CHAIN)
                 found += _compile_or_halve(name, runtime, few, dtype, place, problems)
+            wholes = [(whole, rows) for whole in WHOLES for rows in (whole.rows if name in cheap else whole.rows[-1:])]
+            found += [_compile(name, runtime, (whole,), dtype, place, problems, rows) for whole, rows in wholes]
     _graph.cache_clear()
     return [made for made in found if made is not None]
 
@@ -104,6 +114,7 @@ def _compile(
 
     rows: of the graph's types; None for symbols, which a runtime that runs the graph as it stands does not need.
     """
+    only = rows if probes[0].is_whole else None
     for widen in (False, True) if dtype != "f32" else (False,):
         given = "f32" if widen else dtype
         graph = _graph(probes, dtype, widen, rows, place)
@@ -114,14 +125,14 @@ def _compile(
         try:
             execute = runtime.compile(graph, examples)
             took = time.perf_counter() - began
-            idle = tuple(_input(probe, probe.idle_rows, given, place) for probe in probes)
+            idle = examples if only else tuple(_input(probe, probe.idle_rows, given, place) for probe in probes)
             execute(*idle)
         except Exception as error:  # runtimes raise many kinds; the calibration says which dtype has no rates of its own, and why
             key = f"{name} {dtype}" + (f" {probes[0].name}" if len(probes) == 1 else "")
             problems[key] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
             continue
         problems.pop(f"{name} {dtype}", None)
-        return Panel(name, dtype, probes, len(graph.calls), execute, idle, widen, place, took)
+        return Panel(name, dtype, probes, len(graph.calls), execute, idle, widen, place, took, only)
     return None
 
 

@@ -91,7 +91,8 @@ class Prices:
         cold = context.cold * rates.cold_s_per_byte * work.constant_bytes
         if work.constant_bytes <= self.calibration.near_cache_bytes:  # the curves of larger weights were measured without that cache
             cold += context.warm * rates.warm_s_per_byte * work.constant_bytes
-        seconds = (_seconds(work, rates) + rates.launch_s) * share + cold
+        scale = rates.convolved if kind_of(node) == "convolution" else rates.scale
+        seconds = (_seconds(work, rates) * scale + rates.launch_s) * share + cold
         return Cost(seconds, work.flops, work.bytes_moved * share, share)
 
 

@@ -32,6 +32,7 @@ class Probe:
     holds indices below this. idle_rows: with which it does next to nothing, one for attention, of which some runtimes take no empty tensors.
     serves: further op names and kinds that its curve prices. is_executed_view: a view that ONNX runtimes execute as a copy.
     narrowed: only the first column of the result is returned, so that handing out results, which a runtime may copy, is not measured with the op.
+    is_whole: several ops as they stand in models, compiled as a model is, at each size alone; its dispatch stays in the sample.
     half: whether it is measured at half precision too. quick: whether the quick form measures it.
     """
 
@@ -47,6 +48,7 @@ class Probe:
     serves: tuple[str, ...] = ()
     is_executed_view: bool = False
     narrowed: bool = True
+    is_whole: bool = False
     half: bool = True
     quick: bool = True
 
@@ -176,6 +178,30 @@ def convolution_and_norm(b: Builder, x: Node, dtype: str) -> Node:
     return x
 
 
+def block(b: Builder, x: Node, dtype: str) -> Node:
+    """x: [1, T, BLOCK_WIDTH] through a pre-norm transformer block: the ops of the other probes among each other."""
+    width, heads = BLOCK_WIDTH, BLOCK_WIDTH // 64
+    packed = linear(b, norms(width, 1)(b, x, dtype), dtype, 3 * width, width)
+    split = b.permute(b.view(packed, [1, -1, 3, heads, 64]), [2, 0, 3, 1, 4])
+    query, key, value = (b.item(b.unbind(split, 0), place) for place in range(3))
+    mixed = b.permute(b.attention(query, key, value, scale=0.125), [0, 2, 1, 3])
+    joined = b.call(aten("reshape.default"), (mixed, [1, -1, width]))
+    x = b.add(x, linear(b, joined, dtype, width, width))
+    grown = b.gelu(linear(b, norms(width, 1)(b, x, dtype), dtype, 4 * width, width))
+    return b.add(x, linear(b, grown, dtype, width, 4 * width))
+
+
+def linear(b: Builder, x: Node, dtype: str, to: int, width: int) -> Node:
+    return b.linear(x, weight(b, "w", dtype, to, width), weight(b, "b", dtype, to))
+
+
+def residual(b: Builder, x: Node, dtype: str) -> Node:
+    """Two 3x3 convolutions, each with a norm, around which the input is added, and one that widens."""
+    y = b.relu(batch_norms(RESIDUAL_WIDTH, 1)(b, convolutions(RESIDUAL_WIDTH, 3, 1, 1)(b, x, dtype), dtype))
+    y = batch_norms(RESIDUAL_WIDTH, 1)(b, convolutions(RESIDUAL_WIDTH, 3, 1, 1)(b, y, dtype), dtype)
+    return b.relu(b.add(x, y))
+
+
 def tiny_chain(count: int) -> Body:
     """So many nodes that do next to nothing, which no runtime fuses into one."""
 
@@ -208,6 +234,7 @@ WARM_WIDTH, WARM_COUNT = 384, 12  # weights of 7 MB at f32: together more than a
 TINY, TINY_ROWS, TINY_COUNT = 8, 2, 32
 NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
 CONVOLVED, CONVOLVED_POSITIONS, NORMED_COUNT = 32, 8 * 28 * 28, 4
+BLOCK_WIDTH, RESIDUAL_WIDTH = 256, 64
 LINEAR = tuple(
     Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
     for width, count, rows in (
@@ -261,6 +288,10 @@ MOVES = (
     Probe("embedding", "gather", lookup, (TOKENS,), (1, 8), integers=4096, half=False),
 )  # fmt: skip
 WARM = (Probe("warm", "warm", linears(WARM_WIDTH, WARM_COUNT), (WARM_WIDTH,), (1, 64), WARM_COUNT, half=False),)
+WHOLES = (
+    Probe("block", "block", block, (1, BLOCK_WIDTH), (16, 256), axis=1, is_whole=True),
+    Probe("residual", "residual", residual, (RESIDUAL_WIDTH, 28, 28), (4,), is_whole=True),
+)
 PROBES = (*LINEAR, *WARM, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
 DISPATCH = Probe("dispatch", "dispatch", tiny_chain(TINY_COUNT), (TINY,), (TINY_ROWS,), TINY_COUNT, idle_rows=TINY_ROWS)
 GPU_PROBES = (

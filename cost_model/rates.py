@@ -7,6 +7,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from paretorch.cost_model.context import in_context
 from paretorch.cost_model.curves import Calibration, Curve, Rates, Sample
 from paretorch.cost_model.device_rows import Device
 from paretorch.cost_model.probes import (
@@ -33,6 +34,8 @@ NOT_CURVES = (
     "add_out",
     "cold",
     "convolution_norm",
+    "block",
+    "residual",
 )  # each sets a share or an overhead
 WHOLE = {probe.curve for probe in PROBES if not probe.narrowed}  # curves whose samples hold the handing out of a whole result
 SERVES = {probe.curve: (probe.curve, *probe.serves) for probe in PROBES}
@@ -51,7 +54,8 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
     for (runtime, dtype), group in groups.items():
         curves = _curves(_without_output(group, groups.get((runtime, "f32"), group)))
         if "matrix" in curves and "elementwise" in curves:
-            found[runtime, dtype] = replace(_traits(groups.get((runtime, "f32"), group)), curves=curves)
+            alone = replace(_traits(groups.get((runtime, "f32"), group)), curves=curves)
+            found[runtime, dtype] = in_context(alone, group)
     for name, base in derived.items():
         for (runtime, dtype), rates in list(found.items()):
             if runtime == base:
