@@ -1,5 +1,6 @@
 """paretorch makes trained PyTorch models faster on the hardware at hand, within a quality budget that you state."""
 
+from paretorch import metrics
 from paretorch.artifact import load
 from paretorch.budget import Budget
 from paretorch.capture import capture
@@ -12,4 +13,4 @@ from paretorch.rewrites import rules_named
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "Choice", "Optimized", "ParetorchError", "Plan", "Target", "capture", "load", "optimize", "rules_named"]
+__all__ = ["Budget", "Choice", "Optimized", "ParetorchError", "Plan", "Target", "capture", "load", "metrics", "optimize", "rules_named"]

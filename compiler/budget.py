@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paretorch.ir.errors import BudgetError
+from paretorch.metrics import METRICS, CorpusMetric, Metric, named
 
 MEASURES = ("relative", "cosine", "kl", "top1")
 
@@ -20,7 +21,8 @@ class Budget:
     - `Budget(drift=0.01, measure="relative")`: distance between the outputs of the original and of the optimized model, without labels.
       measure: "relative" (norm of the difference over norm), "cosine" (one minus cosine), "kl" (of the softmax of the last axis),
       "top1" (share of rows whose largest entry moved).
-    - `Budget(metric=f, max_drop=0.005)`: `f(outputs, labels)` gives one score per sample, higher is better; data gives (inputs, labels).
+    - `Budget(metric="top1", max_drop=0.005)`: by name ("top1", "spearman", "f1", "perplexity"; see metrics.py), as a function
+      `f(outputs, labels)` that gives one score per sample, higher is better, or as a `CorpusMetric`; data gives (inputs, labels).
     - `Budget(evaluate=f, max_drop=0.01)`: `f(model, items)` gives one score per item, higher is better; for loops such as decoding.
 
     confidence: None accepts a plan whose mean paired drop is within the budget (and whose interval is narrow enough to say so);
@@ -30,7 +32,7 @@ class Budget:
 
     drift: float | None = None
     measure: str = "relative"
-    metric: Callable[[Any, Any], Any] | None = None
+    metric: Metric | str | None = None
     evaluate: Callable[[Any, Any], Any] | None = None
     max_drop: float | None = None
     confidence: float | None = None
@@ -39,7 +41,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.metric is not None and self.evaluate is not None:
             raise BudgetError("a budget has both metric and evaluate; give one: metric scores batches, evaluate runs a loop of your own")
-        scored = self.metric is not None or self.evaluate is not None
+        scored = self.scorer is not None
         if scored and self.max_drop is None:
             raise BudgetError("a budget with a metric needs max_drop, the loss you allow in the metric's unit, for example max_drop=0.005")
         if self.max_drop is not None and not scored:
@@ -71,5 +73,16 @@ class Budget:
         """What a loss is called in reports."""
         if self.drift is not None:
             return f"{self.measure} drift"
-        scorer = self.metric or self.evaluate
-        return f"drop of {getattr(scorer, '__name__', 'the metric')}"
+        scorer = self.scorer
+        return f"drop of {scorer.name if isinstance(scorer, CorpusMetric) else getattr(scorer, '__name__', 'the metric')}"
+
+    @property
+    def scorer(self) -> Metric | None:
+        """What scores: the metric, looked up where a name was given, or `evaluate`; None if drift is measured. Raises BudgetError."""
+        if isinstance(self.metric, str):
+            return named(self.metric)
+        if self.metric is None:
+            return self.evaluate
+        if not callable(self.metric) and not isinstance(self.metric, CorpusMetric):
+            raise BudgetError(f"metric={self.metric!r} is no metric; expected {', '.join(METRICS)}, a function or a CorpusMetric")
+        return self.metric

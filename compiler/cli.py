@@ -38,7 +38,7 @@ def optimize(
     drift: Annotated[float | None, typer.Option(help="allowed drift of the outputs; needs --data")] = None,
     measure: Annotated[str, typer.Option(help="relative, cosine, kl or top1")] = "relative",
     max_drop: Annotated[float | None, typer.Option(help="allowed drop of --metric; needs --data")] = None,
-    metric: Annotated[str | None, typer.Option(help="module:function of (outputs, labels), one score per sample; top-1 if absent")] = None,
+    metric: Annotated[str, typer.Option(help="top1, spearman, f1, perplexity, or module:function of (outputs, labels)")] = "top1",
     without: Annotated[list[str] | None, typer.Option(help="a rule or family to leave out; may be repeated")] = None,
     time_limit: Annotated[float | None, typer.Option(help="seconds")] = None,
     seed: int = 0,
@@ -47,10 +47,9 @@ def optimize(
 ) -> None:
     """Optimise a model of yours and print the report."""
     import paretorch
-    from paretorch.metrics import top1
 
     built, example = _pair(_load(model)())
-    scorer: Any = None if max_drop is None else _load(metric) if metric else top1
+    scorer: Any = None if max_drop is None else _load(metric) if ":" in metric else metric
     budget = paretorch.Budget(drift=drift, measure=measure, metric=scorer, max_drop=max_drop)
     batches = None if data is None else _load(data)()
     result = paretorch.optimize(

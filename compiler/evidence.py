@@ -22,6 +22,7 @@ from paretorch.cost_model.fingerprint import cache_folder
 from paretorch.data import Batch, Split
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
+from paretorch.metrics import CorpusMetric, Metric
 
 PLAIN = (int, float, str, bytes, bool, type(None))
 
@@ -57,8 +58,7 @@ class Evidence:
 
 def evidence_of(graph: Graph, budget: Budget, split: Split, seed: int) -> Evidence:
     """The evidence on this graph with these weights, this data, this measure of loss, and these rules."""
-    scorer = budget.metric or budget.evaluate
-    how = _function_mark(scorer) if scorer is not None else budget.measure
+    how = _scorer_mark(budget.scorer) if budget.scorer is not None else budget.measure
     if how is None or not all(_is_plain(item) for item in split.ranking):
         return Evidence(None)
     digest = hashlib.blake2b(digest_size=12)
@@ -84,6 +84,15 @@ def _add_tensors(digest: Any, tensors: Iterable[Tensor]) -> None:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def _scorer_mark(scorer: Metric) -> str | None:
+    """What a metric computes, as text; None if that cannot be told of one of its functions."""
+    if not isinstance(scorer, CorpusMetric):
+        return _function_mark(scorer)
+    parts = (scorer.collect, scorer.score, scorer.without_each)
+    marks = [_function_mark(part) for part in parts if part is not None]
+    return None if None in marks else f"{scorer.name} {marks}"
+
+
 def _function_mark(function: Callable[..., Any]) -> str | None:
     """What a function computes, as text; None if that cannot be told, as for objects with state."""
     code = getattr(function, "__code__", None)
@@ -100,11 +109,12 @@ def _code_mark(code: CodeType) -> str:
 
 @cache
 def _rules_mark() -> str:
-    """Changes with the sources of the rules and of the graph."""
+    """Changes with the sources of the rules, of the graph and of the metrics, whose functions call others."""
     import paretorch.ir
+    import paretorch.metrics
     import paretorch.rewrites
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(paretorch.metrics.__file__).read_bytes())
     for package in (paretorch.ir, paretorch.rewrites):
         for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             digest.update(path.read_bytes())

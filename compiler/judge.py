@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,16 +14,21 @@ from paretorch.cost_model.quality import Drop, drift, paired_drop
 from paretorch.data import Batch, Split, map_outputs
 from paretorch.ir.errors import BudgetError
 from paretorch.ir.protocols import Executable
+from paretorch.metrics import CorpusMetric
 
 FIRST_LOOK = 128  # samples after which a plan may be found clearly within the budget, or clearly not
 
 
 class Judge:
-    """Losses of executables against the original model. Scores of the original are computed once per part and kept."""
+    """Losses of executables against the original model.
+
+    Of each item a record is made, with a row per sample: its drift, its score, or for a `CorpusMetric` its statistics. Records of the original
+    are computed once and kept.
+    """
 
     def __init__(self, program: Program, budget: Budget, split: Split, as_model: Callable[[Executable], Any]) -> None:
         self.program, self.budget, self.split, self._as_model = program, budget, split, as_model
-        self._scores: dict[int, Tensor] = {}
+        self._records: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Any, ...]] = {}
 
     def ranking(self, execute: Executable, least: float, most: float) -> Tensor:
@@ -37,22 +41,24 @@ class Judge:
 
     def _until(self, execute: Executable, items: Sequence[Any], is_clear: Callable[[Drop], bool]) -> Tensor:
         """Losses of the items in order; looked at whenever their number has doubled."""
-        losses, look = [], FIRST_LOOK
+        records: list[Tensor] = []
+        look = FIRST_LOOK
         for item in items:
-            losses.append(self._losses(execute, [item]))
-            count = sum(part.numel() for part in losses)
-            if count >= look and len(losses) < len(items):
+            records.append(self._record(execute, item))
+            count = sum(len(record) for record in records)
+            if count >= look and len(records) < len(items):
                 look = 2 * count
-                if is_clear(paired_drop(torch.cat(losses))):
-                    break
-        return torch.cat(losses)
+                losses = self._losses(items[: len(records)], records)
+                if is_clear(paired_drop(losses)):
+                    return losses
+        return self._losses(items, records)
 
     def scores(self, execute: Executable, part: str = "held_out") -> tuple[Tensor, Tensor]:
         """Scores of the original and of the executable on one part, f64[n] each; for drift budgets 0 and minus the drift."""
         items = getattr(self.split, part)
-        loss = self._losses(execute, items)
-        original = torch.zeros_like(loss) if self._is_drift else torch.cat([self._original_scores(item) for item in items])
-        return original, original - loss
+        losses = self._losses(items, [self._record(execute, item) for item in items])
+        original = torch.zeros_like(losses) if self._is_drift else self._original_scores(items)
+        return original, original - losses
 
     def output_drift(self, execute: Executable, samples: int) -> float:
         """Mean relative distance of the outputs on the first ranking samples: the label-free signal that orders sites.
@@ -60,7 +66,8 @@ class Judge:
         For `evaluate` budgets, whose items only the user's loop can run, it is the loss itself.
         """
         if self.budget.evaluate is not None:
-            return float(self._losses(execute, _first(self.split.ranking, samples)).mean())
+            items = _first(self.split.ranking, samples)
+            return float(self._losses(items, [self._record(execute, item) for item in items]).mean())
         return _mean_drift(execute, self.probe(samples))
 
     def probe(self, samples: int) -> list[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]:
@@ -71,24 +78,38 @@ class Judge:
     def _is_drift(self) -> bool:
         return self.budget.drift is not None
 
-    def _losses(self, execute: Executable, items: Sequence[Any]) -> Tensor:
-        with torch.no_grad():
-            if self._is_drift:
-                parts = [drift(self.budget.measure, self._original_outputs(b), execute(*b.inputs))[: b.count] for b in items]
-                return torch.cat(parts).double()
-            return torch.cat([self._original_scores(item) - self._score(execute, item) for item in items])
+    def _losses(self, items: Sequence[Any], records: Sequence[Tensor]) -> Tensor:
+        """f64[n]: loss per sample of an executable with these records of the items; the mean is the drift or the drop."""
+        found = torch.cat(list(records))
+        return found if self._is_drift else self._original_scores(items) - self._per_sample(found)
 
-    def _score(self, execute: Executable, item: Any) -> Tensor:
+    def _original_scores(self, items: Sequence[Any]) -> Tensor:
+        """f64[n]: scores of the original on these items."""
+        for item in items:
+            if id(item) not in self._records:
+                self._records[id(item)] = self._record(self.program.run_original, item)
+        return self._per_sample(torch.cat([self._records[id(item)] for item in items]))
+
+    def _per_sample(self, records: Tensor) -> Tensor:
+        """f64[n]: scores, whose mean is the metric over these records."""
+        scorer = self.budget.scorer
+        if not isinstance(scorer, CorpusMetric):
+            return records
+        return as_scores(scorer.pseudo(records), len(records), scorer.name)
+
+    @torch.no_grad()
+    def _record(self, execute: Executable, item: Any) -> Tensor:
+        """f64[B] drifts or scores, or f64[B, k] statistics, of one item."""
+        if self._is_drift:
+            return drift(self.budget.measure, self._original_outputs(item), execute(*item.inputs))[: item.count].double()
         if self.budget.evaluate is not None:
             return as_scores(self.budget.evaluate(self._as_model(execute), [item]), None, "evaluate")
-        assert self.budget.metric is not None  # a budget is drift, metric or evaluate
-        outputs = self.program.unflatten(execute(*item.inputs))
-        return as_scores(self.budget.metric(map_outputs(outputs, item.count, len(item.inputs[0])), item.labels), item.count, "metric")
-
-    def _original_scores(self, item: Any) -> Tensor:
-        if id(item) not in self._scores:
-            self._scores[id(item)] = self._score(self.program.run_original, item)
-        return self._scores[id(item)]
+        scorer = self.budget.scorer
+        assert scorer is not None  # a budget is drift, metric or evaluate
+        outputs = map_outputs(self.program.unflatten(execute(*item.inputs)), item.count, len(item.inputs[0]))
+        if isinstance(scorer, CorpusMetric):
+            return as_statistics(scorer.collect(outputs, item.labels), item.count, scorer.name)
+        return as_scores(scorer(outputs, item.labels), item.count, "metric")
 
     def _original_outputs(self, batch: Batch) -> tuple[Any, ...]:
         if id(batch) not in self._outputs:
@@ -124,15 +145,32 @@ def _first(items: Sequence[Any], samples: int | None) -> Sequence[Any]:
 
 def as_scores(scores: Any, count: int | None, name: str) -> Tensor:
     """f64[n] from what the user's function returned. Raises BudgetError if it is not one finite number per sample."""
-    try:
-        found = torch.as_tensor(scores).detach().double().reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise BudgetError(f"{name} returned {type(scores).__name__}; expected one number per sample, higher is better") from error
+    found = _as_numbers(scores, name, "one number per sample, higher is better").reshape(-1)
     if count is not None and found.numel() != count:
         raise BudgetError(
             f"{name} returned {found.numel()} scores for {count} samples; expected one per sample, so that drops can be paired"
         )
-    if found.numel() == 0 or not bool(torch.isfinite(found).all()):
-        bad = "no score" if found.numel() == 0 else "NaN" if any(math.isnan(x) for x in found.tolist()) else "an infinite score"
-        raise BudgetError(f"{name} returned {bad}; a budget can only be kept with finite scores")
+    _check_finite(found, name)
     return found
+
+
+def as_statistics(statistics: Any, count: int, name: str) -> Tensor:
+    """f64[n, k] from what a corpus metric collected. Raises BudgetError if it is not one row of finite numbers per sample."""
+    found = _as_numbers(statistics, name, "a row of numbers per sample").cpu()
+    if found.ndim != 2 or len(found) != count:
+        raise BudgetError(f"{name} collected {list(found.shape)} for {count} samples; expected a row per sample, [{count}, k]")
+    _check_finite(found, name)
+    return found
+
+
+def _as_numbers(numbers: Any, name: str, expected: str) -> Tensor:
+    try:
+        return torch.as_tensor(numbers).detach().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BudgetError(f"{name} returned {type(numbers).__name__}; expected {expected}") from error
+
+
+def _check_finite(found: Tensor, name: str) -> None:
+    if found.numel() == 0 or not bool(torch.isfinite(found).all()):
+        bad = "no score" if found.numel() == 0 else "NaN" if bool(found.isnan().any()) else "an infinite score"
+        raise BudgetError(f"{name} returned {bad}; a budget can only be kept with finite scores")

@@ -16,13 +16,13 @@ DEVICE = "fake-compute"
 def looked(tmp_path, monkeypatch):
     """How many batches were scored since the last clear."""
     monkeypatch.setenv("PARETORCH_CACHE", str(tmp_path))
-    calls, plain = [], Judge._losses
+    calls, plain = [], Judge._record
 
-    def losses(self, execute, items):
-        calls.extend(items)
-        return plain(self, execute, items)
+    def record(self, execute, item):
+        calls.append(item)
+        return plain(self, execute, item)
 
-    monkeypatch.setattr(Judge, "_losses", losses)
+    monkeypatch.setattr(Judge, "_record", record)
     return calls
 
 

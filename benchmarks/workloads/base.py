@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from paretorch.metrics import Metric
+
 
 @dataclass(frozen=True)
 class Case:
@@ -28,7 +30,7 @@ class Task:
     case: Case
     data: Sequence[Any]
     max_drop: float
-    metric: Callable[[Any, Any], Any] | None = None
+    metric: Metric | str | None = None
     evaluate: Callable[[Any, Any], Any] | None = None
     baseline: str = ""
 
