@@ -149,13 +149,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS)
     args = parser.parse_args()
-    found = {name: compare(name, args.samples, args.evaluations) for name in args.models}
-    text = markdown(found)
-    print(text)
-    if (tuple(args.models), args.samples, args.evaluations) == (MODELS, SAMPLES, EVALUATIONS):
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "search.json").write_text(json.dumps({"found": found, **environment()}, indent=1) + "\n")
-        (RESULTS / "search.md").write_text(text)
+    kept = RESULTS / "search.json"
+    is_full = (args.samples, args.evaluations) == (SAMPLES, EVALUATIONS)
+    found = json.loads(kept.read_text())["found"] if is_full and kept.exists() else {}
+    for name in args.models:
+        found[name] = compare(name, args.samples, args.evaluations)
+        print(markdown({name: found[name]}), flush=True)
+        if is_full:
+            RESULTS.mkdir(exist_ok=True)
+            kept.write_text(json.dumps({"found": found, **environment()}, indent=1) + "\n")
+            kept.with_suffix(".md").write_text(markdown(found))
 
 
 if __name__ == "__main__":
