@@ -313,7 +313,8 @@ def open_session(
         with stages("data"):
             judge = Judge(program, budget, prepare(program, data, budget, seed), program.callable_with)
     with stages("calibrate"):
-        calibration = calibrate(runtimes) if target.is_here else analytic(target.device)
+        row = target.device if target.device.kind in ("cuda", "rocm") else None  # a CPU's row is an assumption that measurements replace
+        calibration = calibrate(runtimes, device=row) if target.is_here else analytic(target.device)
         usable = {name: runtime for name, runtime in runtimes.items() if (name, "f32") in calibration.rates}
     notes = [f"{name} was left out: none of its calibration probes ran" for name in runtimes if name not in usable]
     return Session(

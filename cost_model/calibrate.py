@@ -21,7 +21,7 @@ from torch import Tensor
 
 from paretorch.cost_model import fingerprint
 from paretorch.cost_model.curves import Calibration, Sample
-from paretorch.cost_model.devices import Device, cpu_model
+from paretorch.cost_model.devices import Device, Target, cpu_model
 from paretorch.cost_model.measure import burst
 from paretorch.cost_model.panels import Panel, cache_bytes, compile_panels, forget_inputs, near_cache_bytes
 from paretorch.cost_model.probes import DISPATCH, Probe, static_graph
@@ -76,7 +76,7 @@ def calibrate(
     """Rates of these runtimes on this machine, from the cache where its fingerprint still holds.
 
     device: the row of what is measured; a GPU is refused with TargetError if a measurement contradicts its row by more than twice.
-    The quick form takes about 15 s on two cores, the thorough one under a minute. cache=False measures anew and keeps the result.
+    The quick form takes about 20 s on two cores, the thorough one about a minute. cache=False measures anew and keeps the result.
     """
     place = "cuda" if device is not None and device.kind in ("cuda", "rocm") else "cpu"
     wanted = _with_bases(runtimes)
@@ -98,7 +98,8 @@ def calibrate(
     if not any(sample.curve == "matrix" for sample in measured):
         raise TargetError(f"none of the runtimes {', '.join(runtimes) or '(none given)'} could run a single probe here")
     derived = {name: DERIVED[name] for name in runtimes if name in DERIVED}
-    facts = {"processor": cpu_model(), "threads": str(torch.get_num_threads()), "torch": torch.__version__, **notes}
+    facts = {"processor": cpu_model(), "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    facts |= {"device row": _peaks(device or Target.parse("cpu").device), **notes}
     rates = derive(measured, derived)
     for name in sorted(set(runtimes) - {runtime for runtime, _ in rates}):
         base = next(iter(sorted({runtime for runtime, _ in rates})))
@@ -108,6 +109,12 @@ def calibrate(
     if device is not None:
         _refuse_contradiction(found, device, place)
     return found
+
+
+def _peaks(row: Device) -> str:
+    """The row's own figures, to read the measured ones against."""
+    peaks = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in row.peak_flops_per_s.items())
+    return f"{row.name}, at most {peaks}, memory {row.bandwidth_bytes_per_s / 1e9:,.0f} GB/s ({row.source})"
 
 
 def _with_bases(runtimes: Mapping[str, Runtime]) -> dict[str, Runtime]:
