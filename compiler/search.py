@@ -12,14 +12,15 @@ Same candidates, same evidence, same seed: the same points, to the byte.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paretorch.ir.errors import LoweringError, ParetorchError, PlanError
+from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.plan import Choice, Knob
 from paretorch.rewrites.apply import Candidate
+from paretorch.savings import Savings
 from paretorch.stages import Stages
 
 PROBE_SAMPLES = 16
@@ -73,8 +74,9 @@ class Problem:
 
     apply: choices -> graph (raises ConflictError if they do not go together); price: graph -> (seconds, runtime); drifts: (choices, samples) ->
     label-free drift of each choice alone, or a sentence; loss: (choices, their graph) -> (mean, half width, n) on the ranking part.
-    memory: graph -> bytes; break_even: choice -> from which size it pays, "" where no size varies; conflict: of choices, one that is known not
-    to go with another, and why, so that the pair is not tried. was_interrupted: set if Ctrl-C ended the search; what was found is kept.
+    memory: graph -> bytes; alike: equal for candidates at equal places of repeated layers, whose savings are a line; break_even: choice -> from
+    which size it pays, "" where no size varies; conflict: of choices, one that is known not to go with another, and why, so that the pair is
+    not tried. was_interrupted: set if Ctrl-C ended the search; what was found is kept.
     """
 
     candidates: Sequence[Candidate]
@@ -89,6 +91,7 @@ class Problem:
     record: Callable[[str, Choice, str, float | None, float | None], None] = lambda *_: None  # verdict, choice, reason, saved, drift
     evidence: dict[str, Any] = field(default_factory=dict)
     memory: Callable[[Graph], int] = lambda _: 0
+    alike: Callable[[Candidate], Hashable] = id
     break_even: Callable[[Choice], str] = lambda _: ""
     conflict: Callable[[tuple[Choice, ...]], tuple[Choice, str] | None] = lambda _: None
     was_interrupted: bool = False
@@ -177,12 +180,13 @@ def _is_dominated(state: _State) -> bool:
 def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
     """Every candidate alone: predicted saving at each knob value, drift measured at one of them and scaled to the others."""
     problem, moves = state.problem, []
+    savings = Savings(problem.candidates, problem.alike, lambda choice: base_seconds - problem.price(problem.apply((choice,)))[0])
     for start in range(0, len(problem.candidates), GROUP):
         problem.stages.tell("measure sites", start, len(problem.candidates))
         if problem.stages.is_over:
             _leave_unmeasured(problem, problem.candidates[start:])
             break
-        group = [(c, knobs) for c in problem.candidates[start : start + GROUP] if (knobs := _usable_knobs(state, c, base_seconds))]
+        group = [(c, knobs) for c in problem.candidates[start : start + GROUP] if (knobs := _usable_knobs(state, savings, c, base_seconds))]
         middles = [knobs[len(knobs) // 2] for _, knobs in group]
         chosen = [_choice(candidate, middle[0]) for (candidate, _), middle in zip(group, middles, strict=True)]
         drifts = problem.drifts(chosen, PROBE_SAMPLES)
@@ -203,46 +207,20 @@ def _leave_unmeasured(problem: Problem, candidates: Sequence[Candidate]) -> None
         problem.record("not taken", choice, "the time limit had passed before it could be measured", None, None)
 
 
-def _usable_knobs(state: _State, candidate: Candidate, base_seconds: float) -> list[tuple[Knob, float]]:
+def _usable_knobs(state: _State, savings: Savings, candidate: Candidate, base_seconds: float) -> list[tuple[Knob, float]]:
     """(knob, predicted seconds saved) of the values that save time, weaker first."""
-    problem, reason = state.problem, ""
-    priced: dict[int, float] = {}
-    for place in _priced_places(candidate.knobs):
-        try:
-            graph = problem.apply((_choice(candidate, candidate.knobs[place]),))
-            priced[place] = base_seconds - problem.price(graph)[0]
-        except ParetorchError as error:
-            reason = str(error).splitlines()[0]
-    savings = _between(priced, candidate.knobs)
-    usable = [(knob, saved) for knob, saved in savings if saved > 0]
+    problem = state.problem
+    found, reason = savings.of(candidate)
+    usable = [(knob, saved) for knob, saved in found if saved > 0]
     if not usable:
-        choice, best = _choice(candidate, candidate.knobs[-1]), max((saved for _, saved in savings), default=0.0)
-        if not savings:
+        choice, best = _choice(candidate, candidate.knobs[-1]), max((saved for _, saved in found), default=0.0)
+        if not found:
             problem.record("illegal", choice, reason, None, None)
         else:
             here = f"predicted to save {best * 1e3:.3f} ms of {base_seconds * 1e3:.3f} ms here"
             pays = problem.break_even(choice)
             problem.record("priced out", choice, f"{here}; {pays}" if pays else here, best, None)
     return usable
-
-
-def _priced_places(knobs: Sequence[Knob]) -> list[int]:
-    """The values that are priced: of many numbers the first, the middle and the last, since applying each takes longer than pricing."""
-    last = len(knobs) - 1
-    return [0, last // 2, last] if last > 2 and all(isinstance(knob, (int, float)) for knob in knobs) else list(range(last + 1))
-
-
-def _between(priced: dict[int, float], knobs: Sequence[Knob]) -> list[tuple[Knob, float]]:
-    """(knob, saving) of the values from the first priced to the last, linear between those that were."""
-    places = sorted(priced)
-    found = []
-    for place, knob in enumerate(knobs):
-        left, right = max((p for p in places if p <= place), default=None), min((p for p in places if p >= place), default=None)
-        if left is None or right is None:
-            continue
-        share = (float(knob) - float(knobs[left])) / (float(knobs[right]) - float(knobs[left])) if right > left else 0.0  # type: ignore[arg-type]
-        found.append((knob, priced[left] + share * (priced[right] - priced[left])))
-    return found
 
 
 def _choice(candidate: Candidate, knob: Knob) -> Choice:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from paretorch.cost_model.price import Prices
 from paretorch.cost_model.quality import Drop, paired_drop
 from paretorch.data import prepare
 from paretorch.evidence import Evidence, evidence_of
+from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
@@ -127,6 +129,17 @@ class Session:
             return f"it is predicted to need {peak / 1e6:.1f} MB, more than the original's {original / 1e6:.1f} MB"
         return None
 
+    def _alike(self, candidate: Candidate) -> Hashable:
+        """The places of its site within repeated layers; its own name where a part of the site is in none."""
+        parts = [self._roles.get(name) for name in re.split(r"\+|->", candidate.site.name)]
+        return tuple(parts) if None not in parts else candidate.site.name
+
+    @cached_property
+    def _roles(self) -> dict[str, tuple[int, int]]:
+        """(class, place within the region) of each node that is part of a repeated layer of the exact graph."""
+        classes = analyze(self.exact).repetition.classes
+        return {name: (kind, place) for kind, regions in enumerate(classes) for region in regions for place, name in enumerate(region)}
+
     def _break_even(self, choice: Choice) -> str:
         """From which sizes a choice pays, as a sentence; looked for once per rule, since each answer takes dozens of prices."""
         if choice.rule not in self._break_evens:
@@ -223,6 +236,7 @@ class Session:
             record=self._record,
             evidence=self.evidence,
             memory=self.prices.peak_memory,
+            alike=self._alike,
             break_even=self._break_even,
             conflict=lambda choices: self.conflicts.first(self.ordered(choices)),
         )
