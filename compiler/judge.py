@@ -123,10 +123,10 @@ def _mean_drift(execute: Executable, probe: Sequence[tuple[tuple[Tensor, ...], t
     return float(torch.cat(parts).mean())
 
 
-def drift_of(module: torch.fx.GraphModule, probe: Sequence[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]) -> float | str:
-    """Mean relative drift of a graph's module, or the first line of what torch said; a plain function, so that any executor can run it."""
+def drift_of(execute: Executable, probe: Sequence[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]) -> float | str:
+    """Mean relative drift of a graph, or the first line of what torch said; a plain function, so that any executor can run it."""
     try:
-        return _mean_drift(module, probe)
+        return _mean_drift(execute, probe)
     except (RuntimeError, NotImplementedError) as error:
         return f"torch cannot run this plan: {str(error).splitlines()[0]}"
 

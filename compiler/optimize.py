@@ -49,7 +49,7 @@ def optimize(
     target: `device[:chip][:runtime]`, for example "cpu", "cpu:onnxruntime", "onnx", "cuda:h100". budget: None for exact rewrites only.
     data: batches of inputs, or of (inputs, labels), on which the loss is measured; a part of it is never used for ranking and decides.
     rules, without: names of rules or families to use, or to leave out. time_limit: seconds, acted on between evaluations.
-    executor: runs independent evaluations, any concurrent.futures.Executor. progress: True for a bar, or a function of (stage, done, of).
+    executor: any concurrent.futures.Executor runs evaluations; what it loses is run here. progress: True for a bar, or a function of (stage, done, of).
 
     Raises InputError, CaptureError, TargetError, BudgetError, RuleError. If nothing is faster, the original comes back, with the reason.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ from paretorch.contest import SLOW_TO_COMPILE, Contender, Lowering, contenders, 
 from paretorch.cost_model.break_even import break_evens, sentence
 from paretorch.cost_model.calibrate import DERIVED, analytic, calibrate
 from paretorch.cost_model.devices import Target
+from paretorch.cost_model.memory import output_bytes
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.quality import Drop, paired_drop
 from paretorch.data import prepare
@@ -28,18 +29,20 @@ from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
 from paretorch.ir.protocols import Executable
-from paretorch.judge import Judge, drift_of
+from paretorch.judge import FIRST_LOOK, Judge, drift_of
 from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
 from paretorch.rewrites.apply import Candidate, apply_choice
 from paretorch.rewrites.rule import Refusal, Rule
 from paretorch.search import BUDGET_SHARES, ConflictError, Point, Problem, search
+from paretorch.spread import Ahead, Sent, between_looks, spread
 from paretorch.stages import Stages
 
 ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
 MAX_EVALUATIONS = 48
 KEPT_GRAPHS = 64
 REDUCED_ROUNDS = 5
+OUTPUTS_KEPT = 1e9  # bytes of outputs that an executor may send back before they are scored
 MEMORY_SLACK = 1.02  # liveness is counted at tensors; alignment and scratch space are not
 
 
@@ -60,6 +63,7 @@ class Session:
     executor: Executor | None = None
     ledger: Ledger = field(default_factory=Ledger)
     notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # evaluations that the executor lost, why
     evidence: dict[str, Any] = field(default_factory=dict)
     exact_rules: list[str] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
@@ -213,6 +217,9 @@ class Session:
         with self.stages("search"):
             problem = self.problem(candidates)
             self.points = search(problem)
+        if self.lost:
+            run = "evaluation was" if len(self.lost) == 1 else "evaluations were"
+            self.notes.append(f"{len(self.lost)} {run} run here because the executor lost them: {self.lost[0]}")
         if problem.was_interrupted:
             self.notes.append("the search was interrupted; the best plan until then is judged and returned")
         for point in self.points:
@@ -251,7 +258,7 @@ class Session:
         name = f"loss {'; '.join(map(str, choices))} of {limit}"
         kept = self.kept.get(name)
         if kept is None:
-            drop = paired_drop(judge.ranking(self.eager(graph), min(BUDGET_SHARES) * limit, limit), seed=self.seed)
+            drop = paired_drop(judge.ranking(self._over_ranking(graph), min(BUDGET_SHARES) * limit, limit), seed=self.seed)
             kept = [drop.mean, drop.half_width, drop.n]
             self.kept.put(name, kept)
         return kept[0], kept[1], int(kept[2])
@@ -262,16 +269,35 @@ class Session:
         found: dict[Choice, float | str] = {c: kept[0] for c in choices if (kept := self.kept.get(f"drift {c} of {samples}"))}
         missing = [choice for choice in choices if choice not in found]
         graphs = [self.apply((choice,)) for choice in missing]
-        if self.executor is None or self.budget.evaluate is not None:
+        if not self._is_spread:
             results = [self._drift(graph, samples) for graph in graphs]
         else:
-            tasks = [self.executor.submit(drift_of, graph.module(), self.judge.probe(samples)) for graph in graphs]
-            results = [task.result() for task in tasks]
+            probe = self.judge.probe(samples) if graphs else []
+            results = self._spread(drift_of, [(Sent.of(graph), probe) for graph in graphs])
         for choice, drift in zip(missing, results, strict=True):
             found[choice] = drift
             if not isinstance(drift, str):
                 self.kept.put(f"drift {choice} of {samples}", [drift])
         return [found[choice] for choice in choices]
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether evaluations run on the executor; a loop of the user's own does not."""
+        return self.executor is not None and self.budget.evaluate is None
+
+    def _spread(self, function: Callable[..., Any], argument_lists: Sequence[Sequence[Any]]) -> list[Any]:
+        assert self.executor is not None  # asked by the callers
+        results, lost = spread(self.executor, function, argument_lists)
+        self.lost += lost
+        return results
+
+    def _over_ranking(self, graph: Graph) -> Executable:
+        """The graph for the ranking part, whose batches between two looks are spread over the executor."""
+        if not self._is_spread:
+            return self.eager(graph)
+        assert self.judge is not None  # only the search calls this
+        most = max(1, int(OUTPUTS_KEPT // max(1, output_bytes(graph))))
+        return Ahead(Sent.of(graph), between_looks(self.judge.split.ranking, FIRST_LOOK, most), self._spread)
 
     def _drift(self, graph: Graph, samples: int) -> float | str:
         assert self.judge is not None  # only the search calls this
