@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -174,10 +175,13 @@ class Graph:
         return node
 
     def evaluate(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The fake result of a call. Raises ShapeError."""
+        """The fake result of a call. Raises ShapeError.
+
+        Ops that C++ defines by other ops (constant_pad_nd) take the example's sizes for symbols; the Python dispatcher runs their Python form.
+        """
         values = fx.node.map_arg((tuple(args), kwargs), lambda n: n.meta["val"])
         try:
-            with self.fake_mode, torch.no_grad():
+            with self.fake_mode, torch.no_grad(), enable_python_dispatcher():
                 return target(*values[0], **values[1])
         except Exception as error:
             types = [str(type_of(arg)) if isinstance(arg, Node) else repr(arg) for arg in args]

@@ -85,9 +85,12 @@ LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
 
 
 def attention_flops(node: Node) -> Any:
-    """2*Tq*Tk*D for the scores and 2*Tq*Tk*Dv for the values, for every query head; what the softmax adds is not counted."""
-    query, key = type_of_argument(node, "query"), type_of_argument(node, "key")
-    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + output(node).shape[-1])
+    """2*Tq*Tk*D for the scores and 2*Tq*Tk*Dv for the values, for every query head; what the softmax adds is not counted.
+
+    Keys that a mask, a band or `is_causal` hides are counted, as in torch's own counter: they are computed. local_attention counts its window.
+    """
+    query, key, result = type_of_argument(node, "query"), type_of_argument(node, "key"), output(node)
+    return 2 * prod(result.shape[:-1]) * key.shape[-2] * (query.shape[-1] + result.shape[-1])
 
 
 define(Op(

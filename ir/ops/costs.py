@@ -48,6 +48,16 @@ def per_input_element(count: int) -> Callable[[Node], Any]:
     return lambda node: count * operands(node)[0].numel
 
 
+def per_element_and_affine(count: int) -> Callable[[Node], Any]:
+    """So many operations for each element of the output, and one more each for a `weight` and for a `bias`."""
+
+    def flops(node: Node) -> Any:
+        given = arguments(node)
+        return (count + sum(given.get(name) is not None for name in ("weight", "bias"))) * output(node).numel
+
+    return flops
+
+
 def type_of_argument(node: Node, name: str) -> TensorType:
     """The type of the tensor that a call is given under that name of its schema."""
     return tensors(value_type(arguments(node)[name]))[0]

@@ -21,6 +21,12 @@ def gelu_flops(node: Node) -> Any:
     return (9 if arguments(node).get("approximate") == "tanh" else 5) * output(node).numel
 
 
+def clamp_flops(node: Node) -> Any:
+    """One comparison for each limit that is given."""
+    given = arguments(node)
+    return sum(given.get(limit) is not None for limit in ("min", "max")) * output(node).numel
+
+
 def _elementwise(
     name: str, overloads: str, flops: int | Callable[[Node], Any], triton: str | dict[str, str] | Missing, onnx: str | Missing, *,
     commutative: bool = False,
@@ -62,10 +68,10 @@ _elementwise("silu", "silu.default", 5, "{0} * tl.sigmoid({0})", "Swish")
 _elementwise("hardswish", "hardswish.default", 5, "{0} * tl.minimum(tl.maximum({0} + 3.0, 0.0), 6.0) / 6.0", "HardSwish")
 _elementwise("hardsigmoid", "hardsigmoid.default", 4, "tl.minimum(tl.maximum({0} + 3.0, 0.0), 6.0) / 6.0", "HardSigmoid")
 _elementwise("hardtanh", "hardtanh.default", 2, "tl.minimum(tl.maximum({0}, {1}), {2})", "Clip")
-_elementwise("clamp", "clamp.default clamp_min.default clamp_max.default clamp.Tensor", 2, Missing("its limits may be absent"), "Clip")
-_elementwise("leaky_relu", "leaky_relu.default", 2, "tl.where({0} > 0, {0}, {0} * {1})", "LeakyRelu")
-_elementwise("elu", "elu.default", 3, Missing("three parameters"), "Elu")
-_elementwise("softplus", "softplus.default", 3, Missing("has a threshold"), "Softplus")
+_elementwise("clamp", "clamp.default clamp_min.default clamp_max.default clamp.Tensor", clamp_flops, Missing("some have one limit"), "Clip")
+_elementwise("leaky_relu", "leaky_relu.default", 3, "tl.where({0} > 0, {0}, {0} * {1})", "LeakyRelu")
+_elementwise("elu", "elu.default", 5, Missing("three parameters"), "Elu")
+_elementwise("softplus", "softplus.default", 5, Missing("has a threshold"), "Softplus")
 _elementwise("where", "where.self where.ScalarOther where.ScalarSelf where.Scalar", 1, "tl.where({0}, {1}, {2})", "Where")
 _elementwise("masked_fill", "masked_fill.Scalar masked_fill.Tensor", 1, "tl.where({1}, {2}, {0})", "Where")
 _elementwise("eq", "eq.Tensor eq.Scalar", 1, "{0} == {1}", "Equal", commutative=True)
@@ -104,12 +110,12 @@ _elementwise("isinf", "isinf.default", 1, _BY_TORCH, "IsInf")
 _elementwise("isfinite", "isfinite.default", 1, _BY_TORCH, Missing("no ONNX op asks for finite numbers"))
 _elementwise("nan_to_num", "nan_to_num.default", 3, _BY_TORCH, "Where")
 _elementwise("relu6", "relu6.default", 2, "tl.minimum(tl.maximum({0}, 0.0), 6.0)", "Clip")
-_elementwise("mish", "mish.default", 4, _BY_TORCH, "Mish")
-_elementwise("selu", "selu.default", 5, _BY_TORCH, "Selu")
+_elementwise("mish", "mish.default", 5, _BY_TORCH, "Mish")
+_elementwise("selu", "selu.default", 6, _BY_TORCH, "Selu")
 _elementwise("celu", "celu.default", 6, _BY_TORCH, "Celu")
-_elementwise("prelu", "prelu.default", 2, _BY_TORCH, "PRelu")
-_elementwise("log_sigmoid", "log_sigmoid.default", 4, _BY_TORCH, "Log")
-_elementwise("hardshrink", "hardshrink.default", 2, _BY_TORCH, "Shrink")
+_elementwise("prelu", "prelu.default", 3, _BY_TORCH, "PRelu")
+_elementwise("log_sigmoid", "log_sigmoid.default", 5, _BY_TORCH, "Log")
+_elementwise("hardshrink", "hardshrink.default", 3, _BY_TORCH, "Shrink")
 _elementwise("softshrink", "softshrink.default", 3, _BY_TORCH, "Shrink")
 _elementwise("threshold", "threshold.default", 2, _BY_TORCH, "ThresholdedRelu")
 _elementwise("logit", "logit.default", 3, _BY_TORCH, "Log")
@@ -119,7 +125,7 @@ _elementwise("fmin", "fmin.default min.other", 1, _BY_TORCH, "Min", commutative=
 _elementwise("addcmul", "addcmul.default", 3, _BY_TORCH, Missing("spelled out: products and a sum"))
 _elementwise("addcdiv", "addcdiv.default", 3, _BY_TORCH, Missing("spelled out: a product, a quotient and a sum"))
 _elementwise("lerp", "lerp.Scalar lerp.Tensor", 3, _BY_TORCH, Missing("spelled out: a difference, a product and a sum"))
-_elementwise("logaddexp", "logaddexp.default", 5, _BY_TORCH, Missing("spelled out: exponentials and a logarithm"), commutative=True)
+_elementwise("logaddexp", "logaddexp.default", 4, _BY_TORCH, Missing("spelled out: exponentials and a logarithm"), commutative=True)
 _elementwise("bit_and", "bitwise_and.Scalar __and__.Scalar", 1, _BY_TORCH, "BitwiseAnd")
 _elementwise("bit_or", "bitwise_or.Scalar __or__.Scalar", 1, _BY_TORCH, "BitwiseOr")
 _elementwise("shift_left", "bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar __lshift__.Scalar", 1, _BY_TORCH, "BitShift")

@@ -11,7 +11,7 @@ never travel to memory and back on their own. activation: a key of ACTIVATIONS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from paretorch.ir.graph import arguments
-from paretorch.ir.ops.costs import inputs_and_output, output, per_element
+from paretorch.ir.ops.costs import inputs_and_output, output
 from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.matrix import product_flops
 from paretorch.ir.ops.table import Missing, Op, define, row
@@ -92,6 +92,11 @@ def activation_flops(node: Node) -> Any:
     return row(name).flops(node)
 
 
+def add_norm_flops(norm: str) -> Callable[[Node], Any]:
+    """A sum and the norm, as the norm's own row counts it."""
+    return lambda node: output(node).numel + row(norm).flops(node)
+
+
 def linear_activation_flops(node: Node) -> Any:
     return product_flops(node) + activation_flops(node)
 
@@ -102,11 +107,11 @@ def gated_flops(node: Node) -> Any:
 
 SPELLED_OUT = Missing("exported by its definition: the ops that it joins")
 define(Op(
-    name="add_layer_norm", targets=(torch.ops.paretorch.add_layer_norm.default,), kind="row", flops=per_element(8),
+    name="add_layer_norm", targets=(torch.ops.paretorch.add_layer_norm.default,), kind="row", flops=add_norm_flops("layer_norm"),
     bytes=inputs_and_output, onnx=SPELLED_OUT, source="arXiv:2410.10989",
 ))  # fmt: skip
 define(Op(
-    name="add_rms_norm", targets=(torch.ops.paretorch.add_rms_norm.default,), kind="row", flops=per_element(5),
+    name="add_rms_norm", targets=(torch.ops.paretorch.add_rms_norm.default,), kind="row", flops=add_norm_flops("rms_norm"),
     bytes=inputs_and_output, onnx=SPELLED_OUT, source="arXiv:2410.10989",
 ))  # fmt: skip
 define(Op(

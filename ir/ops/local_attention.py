@@ -81,11 +81,11 @@ LIBRARY.impl("local_attention", local_attention, "CompositeImplicitAutograd")
 
 
 def local_attention_flops(node: Node) -> Any:
-    """As attention, over the keys that a block reads."""
+    """As attention, over the keys that a block reads; queries are padded to whole blocks, and there are no more sinks than tokens."""
     query, given = type_of_argument(node, "query"), arguments(node)
     batch, heads, queries, width = query.shape
     block: int = given["block"]
-    keys = given["sinks"] + given["left"] + block + given["right"]
+    keys = min(given["sinks"], queries) + given["left"] + block + given["right"]
     return 2 * batch * heads * ((queries + block - 1) // block * block) * keys * (width + output(node).shape[-1])
 
 

@@ -40,25 +40,37 @@ def _labels(term: str, rank: int) -> list[str]:
 
 
 def einsum_flops(node: Node) -> Any:
-    """Two per combination of the indices of two operands, one if none of them is contracted; several operands are contracted from the left."""
+    """Two per combination of the indices of two operands, one if none of them is contracted; several operands in the order of `path`.
+
+    What is summed before, an index that only one of the two has and nothing later needs, is not counted, as in torch's own counter.
+    """
     given = arguments(node)
-    inputs, arrow, result = given["equation"].partition("->")
-    shapes = [value_type(operand).shape for operand in given["tensors"]]  # type: ignore[union-attr]
-    terms = [_labels(term, len(shape)) for term, shape in zip(inputs.split(","), shapes, strict=True)]
-    sizes: dict[str, Any] = {}
-    for label, size in (pair for term, shape in zip(terms, shapes, strict=True) for pair in zip(term, shape, strict=True)):
-        sizes[label] = size if sizes.get(label, 1) == 1 else sizes[label]
-    every = [label for term in terms for label in term]
-    kept = {
-        label for label in every if (label in result or label.startswith("...") if arrow else every.count(label) == 1 or "..." in label)
-    }
-    met, flops = set(terms[0]), 0
-    for place, term in enumerate(terms[1:], 1):
-        met |= set(term)
-        left = met & kept.union(*terms[place + 1 :])
-        flops = flops + (1 if left == met else 2) * prod(sizes[label] for label in sorted(met))
-        met = left
+    terms, result, sizes = _einsum_indices(node)
+    path, flops = list(given["path"] or [0, 1] + [0, -1] * (len(terms) - 2)), 0  # what two operands give stands last
+    while len(terms) > 1:
+        one, other = (terms[place] for place in (path.pop(0), path.pop(0)))
+        terms = [term for term in terms if term is not one and term is not other]
+        needed = result.union(*terms)
+        met = {label for label in one | other if label in needed or (label in one and label in other)}
+        terms.append(met & needed)
+        flops = flops + (1 if met <= needed else 2) * prod(sizes[label] for label in sorted(met))
     return flops
+
+
+def _einsum_indices(node: Node) -> tuple[list[set[str]], set[str], dict[str, Any]]:
+    """The indices of each operand, those of the result, and the length of each; axes of length one have none."""
+    given = arguments(node)
+    inputs, arrow, outputs = given["equation"].partition("->")
+    shapes = [value_type(operand).shape for operand in given["tensors"]]  # type: ignore[union-attr]
+    labelled = [_labels(term, len(shape)) for term, shape in zip(inputs.split(","), shapes, strict=True)]
+    every = [label for labels in labelled for label in labels]
+    if arrow:
+        result = {label for label in every if ("..." if label.startswith("...") else label) in outputs}
+    else:
+        result = {label for label in every if label.startswith("...") or every.count(label) == 1}
+    pairs = [list(zip(labels, shape, strict=True)) for labels, shape in zip(labelled, shapes, strict=True)]
+    sizes = {label: size for term in pairs for label, size in term if size != 1}
+    return [{label for label, size in term if size != 1} for term in pairs], result, sizes
 
 
 def recurrent_flops(node: Node) -> Any:

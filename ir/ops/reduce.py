@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from paretorch.ir.ops.costs import inputs_and_output, operands, output, per_element, per_input_element
+from paretorch.ir.ops.costs import inputs_and_output, operands, output, per_element, per_element_and_affine, per_input_element
 from paretorch.ir.ops.table import Missing, Op, aten, define
 
 
@@ -22,16 +22,20 @@ def _row(name: str, overloads: str, axes: str | None, flops: Any, onnx: str | Mi
     ))  # fmt: skip
 
 
+NORM = per_element_and_affine(5)  # a sum, a difference, a square, a sum, a quotient
+RMS_NORM = per_element_and_affine(3)  # a square, a sum, a quotient
+BATCH_NORM = per_element_and_affine(2)  # a difference, a quotient: its statistics are constants
+
 _row("softmax", "softmax.int _softmax.default", "softmax", per_element(5), "Softmax")
 _row("log_softmax", "log_softmax.int _log_softmax.default", "softmax", per_element(5), "LogSoftmax")
 _row("safe_softmax", "_safe_softmax.default", "softmax", per_element(5), "Softmax")
-_row("layer_norm", "layer_norm.default", "last_axis", per_element(7), "LayerNormalization")
-_row("rms_norm", "rms_norm.default", "last_axis", per_element(4), "RMSNormalization")
-_row("group_norm", "group_norm.default", "spatial", per_element(7), "GroupNormalization")
-_row("batch_norm", "batch_norm.default _native_batch_norm_legit_no_training.default", "spatial", per_element(4), "BatchNormalization")
-_row("instance_norm", "instance_norm.default", None, per_element(7), "InstanceNormalization")
-_row("native_layer_norm", "native_layer_norm.default", None, per_element(7), "LayerNormalization")
-_row("native_group_norm", "native_group_norm.default", None, per_element(7), "GroupNormalization")
+_row("layer_norm", "layer_norm.default", "last_axis", NORM, "LayerNormalization")
+_row("rms_norm", "rms_norm.default", "last_axis", RMS_NORM, "RMSNormalization")
+_row("group_norm", "group_norm.default", "spatial", NORM, "GroupNormalization")
+_row("batch_norm", "batch_norm.default _native_batch_norm_legit_no_training.default", "spatial", BATCH_NORM, "BatchNormalization")
+_row("instance_norm", "instance_norm.default", None, NORM, "InstanceNormalization")
+_row("native_layer_norm", "native_layer_norm.default", None, NORM, "LayerNormalization")
+_row("native_group_norm", "native_group_norm.default", None, NORM, "GroupNormalization")
 _row("weight_norm", "_weight_norm.default", None, per_element(4), Missing("spelled out: a norm, a division and a product"))
 _row("mean", "mean.dim mean.default", "reduce", per_input_element(1), "ReduceMean", "reduce")
 _row("sum", "sum.dim_IntList sum.default", "reduce", per_input_element(1), "sum", "reduce")
