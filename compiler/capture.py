@@ -24,9 +24,10 @@ from paretorch.caches import register_caches
 from paretorch.imported import graph_of_export, graph_of_traced, live_tensor
 from paretorch.ir.collector import uncollected
 from paretorch.ir.errors import CaptureError, InputError
-from paretorch.ir.graph import Graph
+from paretorch.ir.graph import Graph, has_values
 from paretorch.ir.protocols import Executable
 from paretorch.signature import Signature, leaf_of, parameters_of
+from paretorch.weightless import is_weightless, on_host
 
 __all__ = ["Call", "Program", "as_call", "capture", "graph_of_traced"]
 
@@ -58,6 +59,11 @@ class Program:
     @property
     def is_dynamic(self) -> bool:
         return self.signature.is_dynamic
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it can be run: not a model that was captured without weights."""
+        return self.graph.has_weights and all(map(has_values, self.example))
 
     @property
     def symbols(self) -> dict[str, tuple[int, int | None]]:
@@ -169,6 +175,7 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any, dynamic_shapes: Any = None) -> Program:
     """Capture a model for these inputs. dynamic_shapes: torch.export's form, or {"input": {axis: "name"}}.
 
+    A model on the meta device gives a graph whose constants have no values.
     Raises InputError for a wrong call, and CaptureError if the model cannot become one graph, with the place where that failed.
     """
     args, kwargs = as_call(example_inputs)
@@ -184,6 +191,8 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, dynamic_sha
         raise InputError(
             "the model is in training mode; call model.eval() first, since dropout and batch norm act differently when training"
         )
+    if is_weightless(model):
+        model, args, kwargs = on_host(model, args, kwargs)
     _try_call(model, args, kwargs)
     dims = named_dims(model, args, kwargs, dynamic_shapes)
     with torch.no_grad():

@@ -13,19 +13,18 @@ from paretorch.session import Session
 
 def apply_exact(session: Session) -> None:
     """Set `session.exact` and `session.exact_rules`. A rule whose result differs from the original's is reported and left out."""
-    expected = session.program.run_original(*session.program.example)
+    expected = session.program.run_original(*session.program.example) if session.program.has_weights else None
     graph = _first_that_agrees(session, expected)
     for rule in session.exact_candidates:
         graph = _try(session, rule, graph)
-    problem = disagreement(expected, graph.run(*session.program.example))
-    if problem is not None:
+    if expected is not None and disagreement(expected, graph.run(*session.program.example)) is not None:
         graph = _leave_out_culprits(session, expected)
     session.exact = graph
 
 
-def _first_that_agrees(session: Session, expected: tuple[object, ...]) -> Graph:
-    """The normalized graph, or the captured one if normalizing changed what is computed."""
-    problem = disagreement(expected, session.normalized.run(*session.program.example))
+def _first_that_agrees(session: Session, expected: tuple[object, ...] | None) -> Graph:
+    """The normalized graph, or the captured one if normalizing changed what is computed. expected: None for a model without weights."""
+    problem = disagreement(expected, session.normalized.run(*session.program.example)) if expected is not None else None
     if problem is not None:
         session.notes.append(f"normalize was left out: {problem}. This is a fault of paretorch; the captured graph is used as it is.")
         session.normalized = session.program.graph

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind
 
 from paretorch.ir.errors import CaptureError
-from paretorch.ir.graph import Graph, Origin
+from paretorch.ir.graph import Graph, Origin, has_values
 
 Constants = dict[str, tuple[str, Tensor]]  # placeholder or attribute -> (name of the constant, tensor)
 
@@ -93,7 +93,7 @@ def _copy(graph: Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> fx.Node:
 
 def _constant(graph: Graph, shared: dict[Any, fx.Node], name: str, tensor: Tensor) -> fx.Node:
     """Tied weights are one constant."""
-    place = tensor.data_ptr() if tensor.device.type != "meta" and tensor.numel() else id(tensor)
+    place = tensor.data_ptr() if has_values(tensor) and tensor.numel() else id(tensor)
     key = (place, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
     if key not in shared:
         shared[key] = graph.add_constant(name, tensor)

@@ -15,7 +15,7 @@ from paretorch.contest import disagreement
 from paretorch.cost_model.devices import Target
 from paretorch.exact import apply_exact
 from paretorch.ir.analyze import analyze
-from paretorch.ir.errors import CaptureError, InputError
+from paretorch.ir.errors import BudgetError, CaptureError, InputError
 from paretorch.islands import optimize_islands
 from paretorch.optimized import Optimized
 from paretorch.rewrites import RULES, rules_named
@@ -25,6 +25,7 @@ from paretorch.rewrites.rule import Rule
 from paretorch.session import Session, open_session
 from paretorch.settle import settle, settle_exact
 from paretorch.stages import Stages
+from paretorch.weightless import is_weightless
 
 
 def optimize(
@@ -44,8 +45,9 @@ def optimize(
 ) -> Optimized:
     """A faster callable with the model's signature and output structure, whose loss is within the budget.
 
-    model: an nn.Module in eval mode, or an ExportedProgram. example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; they
-    fix dtypes and, but for the axes in dynamic_shapes ({"input": {axis: "name"}} or torch.export's form), the shapes.
+    model: an nn.Module in eval mode, or an ExportedProgram. One on the meta device is planned for without weights, by predictions alone.
+    example_inputs: a tensor, a tuple of positional or a dict of keyword inputs; they fix dtypes and, but for the axes in dynamic_shapes
+    ({"input": {axis: "name"}} or torch.export's form), the shapes.
     target: `device[:chip][:runtime]`, for example "cpu", "cpu:onnxruntime", "onnx", "cuda:h100". budget: None for exact rewrites only.
     data: batches of inputs, or of (inputs, labels), on which the loss is measured; a part of it is never used for ranking and decides.
     rules, without: names of rules or families to use, or to leave out. time_limit: seconds, acted on between evaluations.
@@ -60,8 +62,16 @@ def optimize(
     try:
         with stages("capture"):
             program = capture(model, example_inputs, dynamic_shapes)
-            _check_captured(program)
+            if program.has_weights:
+                _check_captured(program)
+            elif not budget.is_exact:
+                raise BudgetError(
+                    "the model is on the meta device, and what a plan loses cannot be measured without weights; leave the budget out, "
+                    "or load the weights"
+                )
     except CaptureError as error:
+        if isinstance(model, nn.Module) and is_weightless(model):
+            raise
         return _in_parts(model, example_inputs, str(error), target=target, rules=rules, without=without, seed=seed)
     with stages("normalize"):
         graph = normalize(program.graph)

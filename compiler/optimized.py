@@ -11,7 +11,7 @@ from torch import nn
 from paretorch.capture import Program
 from paretorch.contest import Contender
 from paretorch.explain import explain
-from paretorch.ir.errors import ArtifactError, BudgetError
+from paretorch.ir.errors import ArtifactError, BudgetError, InputError
 from paretorch.ir.graph import Graph
 from paretorch.plan import Plan
 from paretorch.report import Report
@@ -31,6 +31,11 @@ class Optimized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's signature and output structure; no gradients. Raises InputError for inputs that do not fit the captured shapes."""
+        if not self.program.has_weights:
+            raise InputError(
+                "this plan was made without weights, so there is nothing to run; build the model with its weights and apply it: "
+                "result.plan.apply(model, inputs)"
+            )
         if self.contender is None:
             with torch.no_grad():
                 return self.program.call_original(*args, **kwargs)
@@ -71,4 +76,8 @@ class Optimized(nn.Module):
 
         if self.contender is None:
             raise ArtifactError("the original model was returned, so there is nothing of ours to save; save the model itself")
+        if not self.program.has_weights:
+            raise ArtifactError(
+                "this plan was made without weights, so there is no model to save; save the plan alone: result.plan.save(path)"
+            )
         save(self, Path(path))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Knob = int | float | str | None
 FORMAT = 1
+WITHOUT_WEIGHTS = "made without weights"  # in the evidence of a plan: numbers that are weights were not known when it was made
 
 
 @dataclass(frozen=True)

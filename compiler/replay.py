@@ -13,7 +13,7 @@ from paretorch.contest import Contender, run_race
 from paretorch.cost_model.devices import Target
 from paretorch.ir.errors import PlanError
 from paretorch.optimized import Optimized
-from paretorch.plan import Plan
+from paretorch.plan import WITHOUT_WEIGHTS, Plan
 from paretorch.report import Report
 from paretorch.rewrites import RULES
 from paretorch.rewrites.apply import apply_rule
@@ -32,6 +32,7 @@ def replay(
 ) -> Optimized:
     """The model with the plan's rewrites on the plan's runtime, timed beside the original. Its loss is not measured again: the report says so.
 
+    A plan that was made without weights names exact rules only; they are applied wherever they are legal now that values are known.
     Raises PlanError if the graph's fingerprint is not the plan's, or its runtime cannot be used here.
     """
     stages = Stages()
@@ -41,7 +42,7 @@ def replay(
     with stages("normalize"):
         graph = normalize(program.graph)
     session = open_session(program, graph, target, Budget(), None, stages, RULES, 0, None)
-    if session.fingerprint != plan.fingerprint:
+    if session.fingerprint != plan.fingerprint and not (plan.evidence.get(WITHOUT_WEIGHTS) and not len(plan)):
         raise PlanError(
             f"this plan was made for another graph (fingerprint {plan.fingerprint[:12]}, this model has {session.fingerprint[:12]}): "
             "the architecture, the shapes of the example inputs or the version of paretorch differ; call optimize instead"

@@ -97,6 +97,11 @@ class Session:
         return tuple(rule for rule in self.rules if not rule.is_exact)
 
     @property
+    def is_measurable(self) -> bool:
+        """Whether this machine is the target and the model has weights; otherwise predictions decide."""
+        return self.target.is_here and self.program.has_weights
+
+    @property
     def runtimes(self) -> tuple[str, ...]:
         """Names of the runtimes that the target allows and that are installed; for a device that is not here, those it is priced for."""
         return self.target.runtimes if not self.target.is_here else tuple(self.lowering.runtimes)

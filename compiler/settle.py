@@ -17,7 +17,7 @@ from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Measurement
 from paretorch.ledger import Entry
 from paretorch.optimized import Optimized
-from paretorch.plan import Choice, Plan
+from paretorch.plan import WITHOUT_WEIGHTS, Choice, Plan
 from paretorch.report import Report
 from paretorch.search import Point
 from paretorch.session import Session, is_reduced
@@ -38,7 +38,7 @@ class Outcome:
 
 def settle_exact(session: Session) -> Optimized:
     """The fastest exact contender on any allowed runtime, if it beats the original. Anchors the session's prices by what was measured."""
-    if not session.target.is_here:
+    if not session.is_measurable:
         return _unmeasured(session, (), session.exact)
     original = session.program.run_original
     expected = original(*session.program.example)
@@ -216,7 +216,18 @@ def _unmeasured(session: Session, choices: tuple[Choice, ...], graph: Graph) -> 
     """For a device that is not here: the gate is the prediction, and the callable runs as plain torch."""
     seconds, runtime = session.price(graph)
     execute: Executable = session.eager(graph)
-    session.notes.append(f"{session.target} is not here: nothing was measured, the prediction decided; the callable runs as plain torch")
-    plan = Plan(session.ordered(choices), tuple(session.exact_rules), runtime, session.fingerprint, dict(session.evidence))
+    if not session.program.has_weights:
+        session.notes.append(
+            "the model has no weights: nothing was run or measured, the prediction decided; apply the plan to the model with weights"
+        )
+    else:
+        session.notes.append(
+            f"{session.target} is not here: nothing was measured, the prediction decided; the callable runs as plain torch"
+        )
+    memory, device = session.prices.peak_memory(graph), session.target.device
+    if memory > device.memory_bytes:
+        session.notes.append(f"one call is predicted to need {memory / 1e9:.1f} GB; {device.name} has {device.memory_bytes / 1e9:.0f} GB")
+    evidence = session.evidence if session.program.has_weights else {**session.evidence, WITHOUT_WEIGHTS: True}
+    plan = Plan(session.ordered(choices), tuple(session.exact_rules), runtime, session.fingerprint, dict(evidence))
     contender = Contender("plan", runtime, graph, execute, seconds)
     return Optimized(session.program, contender, plan, Report.of(session, plan, contender, None, {}), session)

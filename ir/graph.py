@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -38,6 +38,11 @@ class Origin:
 def new_fake_mode() -> FakeTensorMode:
     """A mode in which types are computed; one per captured model, shared by all graphs that come from it."""
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values beside its type; those of a model without weights have none."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 class Graph:
@@ -86,6 +91,16 @@ class Graph:
         """The tensor behind a constant node; None for any other node."""
         is_constant = isinstance(node, Node) and node.op == "get_attr"
         return self.constants[node.target] if is_constant else None
+
+    def known(self, node: Any) -> Tensor | None:
+        """As `constant`, where its values can be read: not those of a model without weights."""
+        tensor = self.constant(node)
+        return tensor if tensor is not None and has_values(tensor) else None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether every constant has values, so that the graph can be run."""
+        return all(map(has_values, self.constants.values()))
 
     def __str__(self) -> str:
         from paretorch.ir.text import print_graph

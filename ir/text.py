@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from paretorch.ir.graph import Graph, type_of
+from paretorch.ir.graph import Graph, has_values, type_of
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import DTYPE_NAMES, TensorType, TupleType, Type, size_of
 
@@ -104,7 +104,8 @@ class _Printer:
         for node in self.graph.nodes:
             if node.op == "get_attr":
                 name = self.names[node]
-                mark = f" # {tensor_hash(self.graph.constants[str(node.target)])[:12]}" if hashes else ""
+                tensor = self.graph.constants[str(node.target)]
+                mark = f" # {tensor_hash(tensor)[:12]}" if hashes and has_values(tensor) else ""
                 known = [constants[name][0]] if name in constants else []
                 alias = "" if self.plain or name == node.target else f" = {str(node.target)!r}"
                 first = min([*known, *(order[user] for user in node.users)], default=0)

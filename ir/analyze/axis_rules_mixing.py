@@ -103,7 +103,7 @@ def _mask(walk: Walk, node: Node, mask: Node, axes: Sequence[Dim]) -> bool:
     if walk.constant[mask]:
         own = [axis for axis, size in zip(axes, shape[-2:], strict=False) if size != 1]
         walk.event(node, "positions", own, f"{place(node)} has a constant mask of shape {list(shape)}, by place")
-        tensor = walk.graph.constant(mask)
+        tensor = walk.graph.known(mask)
         if tensor is not None:
             return bool(is_masking(tensor))
     return rows
@@ -118,7 +118,7 @@ def _spelled_causal(walk: Walk, left: Any) -> bool:
         seen_softmax = seen_softmax or is_op(current, "softmax")
         operands = [argument for argument in current.all_input_nodes if argument in walk.maps]
         for operand in operands[1:] if seen_softmax else []:
-            tensor = walk.graph.constant(operand)
+            tensor = walk.graph.known(operand)
             shape = walk.shape(operand)
             if len(shape) >= 2 and shape[-2] != 1 and shape[-1] != 1 and (tensor is None or is_masking(tensor)):
                 return True

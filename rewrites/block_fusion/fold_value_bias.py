@@ -70,7 +70,7 @@ def _refuses(graph: Graph, attention: Node, value: Node, project: Node) -> str |
 
 def _every_row_sees(graph: Graph, mask: Node) -> bool:
     """Whether the mask is a constant that leaves at least one key to every query."""
-    known = graph.constant(mask)
+    known = graph.known(mask)
     if known is None:
         return False
     return bool((known if known.dtype == torch.bool else known > float("-inf")).any(-1).all())

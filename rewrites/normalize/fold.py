@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from paretorch.ir.builder import Builder
-from paretorch.ir.graph import Graph, origin_of
+from paretorch.ir.graph import Graph, has_values, origin_of
 from paretorch.ir.ops import is_op, op_of
 
 LARGEST = 1 << 24  # elements of a folded result that has more than its operands
@@ -19,20 +19,16 @@ RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal", "uniform", "p
 def fold(graph: Graph) -> Graph:
     """The same function with constant subgraphs as constants. Results larger than their operands and than LARGEST stay computed."""
     graph = graph.copy()
-    values: dict[Node, Any] = {node: graph.constants[str(node.target)] for node in graph.nodes if node.op == "get_attr"}
+    values = _values(graph)
     made: dict[Any, list[Node]] = {}
-    for node in graph.calls:
-        if not _is_foldable(node, values):
-            continue
-        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        with torch.no_grad():
-            result = _call(node.target, args, kwargs)
-        if _is_small(result, args):
-            values[node] = result
+    written: dict[int, Node] = {}  # by the tensor
     for node in graph.calls:
         kept = [user for user in node.users if user not in values]
         if node in values and isinstance(values[node], Tensor) and kept:
-            constant = _constant(graph, node, _own(values[node]), made)
+            key = id(values[node])
+            if key not in written:
+                written[key] = _constant(graph, node, _own(values[node]), made)
+            constant = written[key]
             returned = [user for user in kept if user.op == "output"]
             if returned:  # the caller may write into what it is given
                 copy = Builder(graph, node, origin=origin_of(node)).clone(constant)
@@ -42,16 +38,43 @@ def fold(graph: Graph) -> Graph:
     return graph.clean()
 
 
+def _values(graph: Graph) -> dict[Node, Any]:
+    """What each node makes that depends on constants only; equal calls on the same tensors make the same tensor."""
+    values: dict[Node, Any] = {node: graph.constants[str(node.target)] for node in graph.nodes if node.op == "get_attr"}
+    known: dict[str, Any] = {}
+    for node in graph.calls:
+        if not _is_foldable(node, values):
+            continue
+        given = (node.args, dict(node.kwargs))
+        call = repr((node.target, torch.fx.node.map_arg(given, lambda n: f"value {id(values[n])}")))
+        if call in known:
+            values[node] = known[call]
+            continue
+        args, kwargs = torch.fx.node.map_arg(given, lambda n: values[n])
+        with torch.no_grad():
+            result = _call(node.target, args, kwargs)
+        if _is_small(result, args):
+            values[node] = known[call] = result
+    return values
+
+
 def _constant(graph: Graph, node: Node, tensor: Tensor, made: dict[Any, list[Node]]) -> Node:
     """A node for the tensor; equal ones are shared. made: those of earlier calls, by dtype, shape and a sample of their elements."""
-    places = torch.linspace(0, max(tensor.numel() - 1, 0), min(tensor.numel(), 16)).long()
-    sample = tensor.take(places.to(tensor.device)).tolist() if tensor.numel() else []
-    alike = made.setdefault((tensor.dtype, tensor.device, tuple(tensor.shape), repr(sample)), [])
+    alike = made.setdefault((tensor.dtype, tensor.device, tuple(tensor.shape), _sample(tensor)), [])
     for earlier in alike:
-        if torch.equal(graph.constants[str(earlier.target)], tensor):
+        held = graph.constants[str(earlier.target)]
+        if held is tensor or torch.equal(held, tensor):
             return earlier
     alike.append(Builder(graph, _first_place(graph), origin=origin_of(node)).constant(f"folded.{node.name}", tensor))
     return alike[-1]
+
+
+def _sample(tensor: Tensor) -> str:
+    """Some elements; where there are no values, which tensor it is."""
+    if not has_values(tensor):
+        return f"tensor {id(tensor)}"
+    places = torch.linspace(0, max(tensor.numel() - 1, 0), min(tensor.numel(), 16)).long()
+    return repr(tensor.take(places.to(tensor.device)).tolist() if tensor.numel() else [])
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ class Known:
 
     def _is_fixed(self, node: Node) -> bool:
         if node not in self._fixed:
-            self._fixed[node] = node.op == "get_attr" or (
+            self._fixed[node] = self.graph.known(node) is not None or (
                 node.op == "call_function"
                 and not _is_random(node)
                 and _is_small(node)

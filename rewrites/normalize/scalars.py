@@ -61,7 +61,7 @@ def _pow(graph: Graph, node: Node) -> None:
 
 def _plain(graph: Graph, value: Any) -> Any:
     """A constant of one element as its number, where that keeps the meaning: floating point only, and the caller compares types."""
-    tensor = graph.constant(value)
+    tensor = graph.known(value)
     if tensor is not None and tensor.numel() == 1 and tensor.dtype in (torch.float32, torch.float64):
         return float(tensor)
     return value
