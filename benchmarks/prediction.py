@@ -3,6 +3,9 @@
     python benchmarks/prediction.py                   # all models and plans; writes benchmarks/results/prediction.json and .md, docs/prediction.png
     python benchmarks/prediction.py --smoke           # two models, one batch size, few rounds; writes nothing
 
+A shared machine runs at another pace in each minute. So one block of the calibration runs again in every race, and the predictions for that race are
+multiplied by its pace: seconds of the block now over its seconds when it was calibrated. Errors without that factor stand beside.
+
 Then predicted and measured speed-ups of lossy plans, and the rank correlation between them. The models that are held back (see
 prediction_models.py) were named before the first run and are never used to tune a formula.
 """
@@ -19,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +31,14 @@ from benchmarks.prediction_plans import CASES, pairs, rank_correlation
 from benchmarks.run import environment
 from paretorch.capture import capture
 from paretorch.codegen.runtimes import RUNTIMES
-from paretorch.cost_model.calibrate import calibrate
+from paretorch.cost_model.calibrate import LOW, calibrate
+from paretorch.cost_model.curves import Calibration
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.measure import race
 from paretorch.cost_model.price import Prices
+from paretorch.cost_model.probes import WHOLES, static_graph
 from paretorch.ir.errors import ParetorchError
+from paretorch.ir.protocols import Measurement
 from paretorch.rewrites.normalize import normalize
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -45,7 +52,25 @@ def to_half(module: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     return module.to(torch.bfloat16), x.to(torch.bfloat16) if x.is_floating_point() else x
 
 
-def rows(name: str, batch: int, prices: Prices, rounds: int) -> list[dict[str, Any]]:
+class Reference:
+    """One block of the calibration, as eager torch at f32: what tells the machine's pace."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        probe, rows = WHOLES[0], WHOLES[0].rows[-1]
+        graph, self._x = static_graph(probe, rows, "f32"), probe.input(rows, "f32", "cpu")
+        self._execute = RUNTIMES["eager"].compile(graph, (self._x,))
+        own = [s for s in calibration.samples if (s.runtime, s.dtype, s.curve) == ("eager", "f32", probe.curve)]
+        self._calibrated = max(own, key=lambda sample: sample.amount).seconds
+
+    def __call__(self) -> Any:
+        return self._execute(self._x)
+
+    def pace(self, found: Measurement) -> float:
+        """Seconds now over seconds when it was calibrated, both at the percentile that calibration keeps."""
+        return float(numpy.percentile(found.samples, LOW)) / self._calibrated
+
+
+def rows(name: str, batch: int, prices: Prices, reference: Reference, rounds: int) -> list[dict[str, Any]]:
     """Predicted and measured seconds of a model on each runtime that takes it, from one race."""
     build, make = MODELS[name]
     calls, predicted = {}, {}
@@ -64,11 +89,13 @@ def rows(name: str, batch: int, prices: Prices, rounds: int) -> list[dict[str, A
             continue
         calls[f"{runtime} {dtype}"] = lambda execute=execute, x=x: execute(x)
         predicted[f"{runtime} {dtype}"] = prices.graph_cost(graph, runtime).seconds
-    measured = race(calls, rounds, seed=0)
+    measured = race({**calls, "reference": reference}, rounds, seed=0)
+    pace = reference.pace(measured.pop("reference"))
     return [
         {
             "model": name, "batch": batch, "contender": key, "predicted_s": predicted[key], "measured_s": found.seconds, "spread": found.spread,
-            "error": predicted[key] / found.seconds - 1, "held back": name in HELD_BACK,
+            "pace": pace, "error": predicted[key] * pace / found.seconds - 1, "error without pace": predicted[key] / found.seconds - 1,
+            "held back": name in HELD_BACK,
         }
         for key, found in measured.items()
     ]  # fmt: skip
@@ -78,6 +105,8 @@ def summary(table: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and 90th percentile of |error|, over all rows, the held-back models, and each contender."""
     promised = [row for row in table if not row["contender"].startswith("openvino")]
     groups = {"all": promised, "held back": [row for row in promised if row["held back"]]}
+    at_any_pace = [{**row, "error": row["error without pace"]} for row in promised]
+    groups |= {"all, without the pace": at_any_pace}
     groups |= {key: [row for row in table if row["contender"] == key] for key in sorted({row["contender"] for row in table})}
     found = {}
     for name, group in groups.items():
@@ -97,8 +126,9 @@ def markdown(
     lines = [
         "# Predicted and measured seconds of whole models",
         "",
-        f'{about["cpu"]}, {about["threads"]} threads, {versions}, {about["date"]}. Errors are predicted / measured - 1; "all" is torch at f32 and bf16',
-        "and ONNX Runtime at f32.",
+        f"{about['cpu']}, {about['threads']} threads, {versions}, {about['date']}. Errors are predicted x pace / measured - 1, where pace is what one",
+        "block of the calibration takes in the same race over what it took when it was calibrated: the machine is shared. The models that are held back",
+        'were never used to tune a formula. "all" is torch at f32 and bf16 and ONNX Runtime at f32.',
         "",
         "| over | rows | median error | 90th percentile | median signed |",
         "|---|---|---|---|---|",
@@ -107,11 +137,11 @@ def markdown(
         f"| {name} | {f['rows']} | {f['median']:.1%} | {f['90th percentile']:.1%} | {f['median signed']:+.1%} |"
         for name, f in figures.items()
     ]
-    lines += ["", "| model | batch | contender | predicted ms | measured ms | error | spread |", "|---|---|---|---|---|---|---|"]
+    lines += ["", "| model | batch | contender | predicted ms | pace | measured ms | error | spread |", "|---|---|---|---|---|---|---|---|"]
     for row in table:
         name = row["model"] + (" (held back)" if row["held back"] else "")
         lines.append(
-            f"| {name} | {row['batch']} | {row['contender']} | {row['predicted_s'] * 1e3:.2f} | {row['measured_s'] * 1e3:.2f} "
+            f"| {name} | {row['batch']} | {row['contender']} | {row['predicted_s'] * 1e3:.2f} | {row['pace']:.2f} | {row['measured_s'] * 1e3:.2f} "
             f"| {row['error']:+.1%} | {row['spread']:.1%} |"
         )
     lines += [
@@ -132,7 +162,7 @@ def plot(table: list[dict[str, Any]], plans: list[dict[str, Any]]) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     for key in sorted({row["contender"] for row in table}):
         own = [row for row in table if row["contender"] == key]
-        left.scatter([r["measured_s"] * 1e3 for r in own], [r["predicted_s"] * 1e3 for r in own], s=14, label=key)
+        left.scatter([r["measured_s"] * 1e3 for r in own], [r["predicted_s"] * r["pace"] * 1e3 for r in own], s=14, label=key)
     for key in sorted({row["runtime"] for row in plans}):
         rest = [row for row in plans if row["runtime"] == key]
         right.scatter([r["measured"] for r in rest], [r["predicted"] for r in rest], s=14, label=key)
@@ -157,15 +187,15 @@ def main() -> None:
     usable = {name: RUNTIMES[name] for name, _ in CONTENDERS if RUNTIMES[name].refuses() is None}
     calibration = calibrate(usable, thorough=args.thorough)
     prices = Prices(calibration, Target.parse("cpu").device)
-    table = []
+    table, reference = [], Reference(calibration)
     for name in names:
         for batch in batches:
-            found = rows(name, batch, prices, rounds)
+            found = rows(name, batch, prices, reference, rounds)
             table += found
             for row in found:
                 print(
                     f"{name:>16} x {batch} {row['contender']:>15}: {row['predicted_s'] * 1e3:9.3f} ms predicted, "
-                    f"{row['measured_s'] * 1e3:9.3f} measured, {row['error']:+.1%}", flush=True,
+                    f"pace {row['pace']:.2f}, {row['measured_s'] * 1e3:9.3f} measured, {row['error']:+.1%}", flush=True,
                 )  # fmt: skip
     plans = pairs(prices, min(rounds, PLAN_ROUNDS), CASES[:1] if args.smoke else CASES)
     figures, correlation = summary(table), rank_correlation(plans)
