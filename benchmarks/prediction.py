@@ -3,8 +3,9 @@
     python benchmarks/prediction.py                   # all models and plans; writes benchmarks/results/prediction.json and .md, docs/prediction.png
     python benchmarks/prediction.py --smoke           # two models, one batch size, few rounds; writes nothing
 
-A shared machine runs at another pace in each minute. So one block of the calibration runs again in every race, and the predictions for that race are
-multiplied by its pace: seconds of the block now over its seconds when it was calibrated. Errors without that factor stand beside.
+A shared machine runs at another pace in each second. So one block of the calibration runs again in every round of every race, and what a model takes
+is counted in blocks of the same round: the median of its seconds over the block's, times the block's seconds when it was calibrated, is what it
+would have taken at the pace of the calibration. Errors of the raw seconds stand beside.
 
 Then predicted and measured speed-ups of lossy plans, and the rank correlation between them. The models that are held back (see
 prediction_models.py) were named before the first run and are never used to tune a formula.
@@ -22,7 +23,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from benchmarks.prediction_plans import CASES, pairs, rank_correlation
 from benchmarks.run import environment
 from paretorch.capture import capture
 from paretorch.codegen.runtimes import RUNTIMES
-from paretorch.cost_model.calibrate import LOW, calibrate
+from paretorch.cost_model.calibrate import calibrate
 from paretorch.cost_model.curves import Calibration
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.measure import race
@@ -45,6 +45,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "prediction.png"
 BATCHES = (1, 4, 8)
 PLAN_ROUNDS = 10
+RACE_SECONDS = 10.0  # after which no new round begins
 CONTENDERS = (("eager", "f32"), ("eager", "bf16"), ("onnxruntime", "f32"), ("openvino", "f32"))
 
 
@@ -65,9 +66,9 @@ class Reference:
     def __call__(self) -> Any:
         return self._execute(self._x)
 
-    def pace(self, found: Measurement) -> float:
-        """Seconds now over seconds when it was calibrated, both at the percentile that calibration keeps."""
-        return float(numpy.percentile(found.samples, LOW)) / self._calibrated
+    def at_its_pace(self, found: Measurement, own: Measurement) -> float:
+        """Seconds that a contender would have taken when this was calibrated. own: this reference's samples of the same rounds."""
+        return self._calibrated * statistics.median(a / b for a, b in zip(found.samples, own.samples, strict=True))
 
 
 def rows(name: str, batch: int, prices: Prices, reference: Reference, rounds: int) -> list[dict[str, Any]]:
@@ -89,13 +90,14 @@ def rows(name: str, batch: int, prices: Prices, reference: Reference, rounds: in
             continue
         calls[f"{runtime} {dtype}"] = lambda execute=execute, x=x: execute(x)
         predicted[f"{runtime} {dtype}"] = prices.graph_cost(graph, runtime).seconds
-    measured = race({**calls, "reference": reference}, rounds, seed=0)
-    pace = reference.pace(measured.pop("reference"))
+    measured = race({**calls, "reference": reference}, rounds, seed=0, time_limit=RACE_SECONDS)
+    own = measured.pop("reference")
+    at_its_pace = {key: reference.at_its_pace(found, own) for key, found in measured.items()}
     return [
         {
-            "model": name, "batch": batch, "contender": key, "predicted_s": predicted[key], "measured_s": found.seconds, "spread": found.spread,
-            "pace": pace, "error": predicted[key] * pace / found.seconds - 1, "error without pace": predicted[key] / found.seconds - 1,
-            "held back": name in HELD_BACK,
+            "model": name, "batch": batch, "contender": key, "held back": name in HELD_BACK, "predicted_s": predicted[key],
+            "measured_s": at_its_pace[key], "raw_s": found.seconds, "spread": found.spread, "rounds": found.rounds,
+            "error": predicted[key] / at_its_pace[key] - 1, "raw error": predicted[key] / found.seconds - 1,
         }
         for key, found in measured.items()
     ]  # fmt: skip
@@ -105,8 +107,7 @@ def summary(table: list[dict[str, Any]]) -> dict[str, Any]:
     """Median and 90th percentile of |error|, over all rows, the held-back models, and each contender."""
     promised = [row for row in table if not row["contender"].startswith("openvino")]
     groups = {"all": promised, "held back": [row for row in promised if row["held back"]]}
-    at_any_pace = [{**row, "error": row["error without pace"]} for row in promised]
-    groups |= {"all, without the pace": at_any_pace}
+    groups |= {"all, raw": [{**row, "error": row["raw error"]} for row in promised]}
     groups |= {key: [row for row in table if row["contender"] == key] for key in sorted({row["contender"] for row in table})}
     found = {}
     for name, group in groups.items():
@@ -126,9 +127,10 @@ def markdown(
     lines = [
         "# Predicted and measured seconds of whole models",
         "",
-        f"{about['cpu']}, {about['threads']} threads, {versions}, {about['date']}. Errors are predicted x pace / measured - 1, where pace is what one",
-        "block of the calibration takes in the same race over what it took when it was calibrated: the machine is shared. The models that are held back",
-        'were never used to tune a formula. "all" is torch at f32 and bf16 and ONNX Runtime at f32.',
+        f"{about['cpu']}, {about['threads']} threads, {versions}, {about['date']}. Errors are predicted / measured - 1.",
+        "The machine is shared: measured seconds are counted in runs of one block of the calibration in the same rounds, and so stand for the",
+        "pace that it had when it was calibrated; the raw ones stand beside. The models that are held back were never used to tune a formula.",
+        '"all" is torch at f32 and bf16 and ONNX Runtime at f32.',
         "",
         "| over | rows | median error | 90th percentile | median signed |",
         "|---|---|---|---|---|",
@@ -137,12 +139,16 @@ def markdown(
         f"| {name} | {f['rows']} | {f['median']:.1%} | {f['90th percentile']:.1%} | {f['median signed']:+.1%} |"
         for name, f in figures.items()
     ]
-    lines += ["", "| model | batch | contender | predicted ms | pace | measured ms | error | spread |", "|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| model | batch | contender | predicted ms | measured ms | raw ms | error | spread |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in table:
         name = row["model"] + (" (held back)" if row["held back"] else "")
         lines.append(
-            f"| {name} | {row['batch']} | {row['contender']} | {row['predicted_s'] * 1e3:.2f} | {row['pace']:.2f} | {row['measured_s'] * 1e3:.2f} "
-            f"| {row['error']:+.1%} | {row['spread']:.1%} |"
+            f"| {name} | {row['batch']} | {row['contender']} | {row['predicted_s'] * 1e3:.2f} | {row['measured_s'] * 1e3:.2f} "
+            f"| {row['raw_s'] * 1e3:.2f} | {row['error']:+.1%} | {row['spread']:.1%} |"
         )
     lines += [
         "", f"## Speed-ups of {len(plans)} (model, plan, runtime) triples: rank correlation {correlation:.3f}", "",
@@ -162,7 +168,7 @@ def plot(table: list[dict[str, Any]], plans: list[dict[str, Any]]) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     for key in sorted({row["contender"] for row in table}):
         own = [row for row in table if row["contender"] == key]
-        left.scatter([r["measured_s"] * 1e3 for r in own], [r["predicted_s"] * r["pace"] * 1e3 for r in own], s=14, label=key)
+        left.scatter([r["measured_s"] * 1e3 for r in own], [r["predicted_s"] * 1e3 for r in own], s=14, label=key)
     for key in sorted({row["runtime"] for row in plans}):
         rest = [row for row in plans if row["runtime"] == key]
         right.scatter([r["measured"] for r in rest], [r["predicted"] for r in rest], s=14, label=key)
@@ -195,7 +201,7 @@ def main() -> None:
             for row in found:
                 print(
                     f"{name:>16} x {batch} {row['contender']:>15}: {row['predicted_s'] * 1e3:9.3f} ms predicted, "
-                    f"pace {row['pace']:.2f}, {row['measured_s'] * 1e3:9.3f} measured, {row['error']:+.1%}", flush=True,
+                    f"{row['measured_s'] * 1e3:9.3f} measured ({row['raw_s'] * 1e3:9.3f} raw), {row['error']:+.1%}", flush=True,
                 )  # fmt: skip
     plans = pairs(prices, min(rounds, PLAN_ROUNDS), CASES[:1] if args.smoke else CASES)
     figures, correlation = summary(table), rank_correlation(plans)

@@ -12,11 +12,15 @@ from paretorch.budget import Budget
 from paretorch.capture import Program
 from paretorch.cost_model.quality import Drop, drift, paired_drop
 from paretorch.data import Batch, Split, map_outputs
-from paretorch.ir.errors import BudgetError
+from paretorch.ir.errors import BudgetError, LoweringError
 from paretorch.ir.protocols import Executable
 from paretorch.metrics import CorpusMetric
 
 FIRST_LOOK = 128  # samples after which a plan may be found clearly within the budget, or clearly not
+
+
+class NotFiniteError(BudgetError):
+    """A score is NaN or infinite: the metric's fault where the original is scored, else the plan's."""
 
 
 class Judge:
@@ -81,7 +85,13 @@ class Judge:
     def _losses(self, items: Sequence[Any], records: Sequence[Tensor]) -> Tensor:
         """f64[n]: loss per sample of an executable with these records of the items; the mean is the drift or the drop."""
         found = torch.cat(list(records))
-        return found if self._is_drift else self._original_scores(items) - self._per_sample(found)
+        if self._is_drift:
+            return found
+        original = self._original_scores(items)
+        try:
+            return original - self._per_sample(found)
+        except NotFiniteError as error:
+            raise LoweringError(f"on the outputs of this plan, {error}") from error
 
     def _original_scores(self, items: Sequence[Any]) -> Tensor:
         """f64[n]: scores of the original on these items."""
@@ -97,8 +107,18 @@ class Judge:
             return records
         return as_scores(scorer.pseudo(records), len(records), scorer.name)
 
-    @torch.no_grad()
     def _record(self, execute: Executable, item: Any) -> Tensor:
+        """As `_scored`. Raises LoweringError where scores are not finite for a plan, and are for the original."""
+        try:
+            return self._scored(execute, item)
+        except NotFiniteError as error:
+            if execute == self.program.run_original:
+                raise
+            self._scored(self.program.run_original, item)
+            raise LoweringError(f"on the outputs of this plan, {error}") from error
+
+    @torch.no_grad()
+    def _scored(self, execute: Executable, item: Any) -> Tensor:
         """f64[B] drifts or scores, or f64[B, k] statistics, of one item."""
         if self._is_drift:
             return drift(self.budget.measure, self._original_outputs(item), execute(*item.inputs))[: item.count].double()
@@ -173,4 +193,4 @@ def _as_numbers(numbers: Any, name: str, expected: str) -> Tensor:
 def _check_finite(found: Tensor, name: str) -> None:
     if found.numel() == 0 or not bool(torch.isfinite(found).all()):
         bad = "no score" if found.numel() == 0 else "NaN" if bool(found.isnan().any()) else "an infinite score"
-        raise BudgetError(f"{name} returned {bad}; a budget can only be kept with finite scores")
+        raise NotFiniteError(f"{name} returned {bad}; a budget can only be kept with finite scores")

@@ -1,12 +1,14 @@
 """What each candidate is predicted to save, from as few prices as carry it: applying a rewrite takes longer than pricing the result.
 
-Of many knob values the first, the middle and the last are priced; of equal sites in repeated layers likewise. Between them savings are a line: exact
-for a layer left out, and close for tokens merged, which save in each layer that follows.
+Of many knob values the first, the middle and the last are priced; of equal sites in repeated layers likewise, on a graph with few of these layers.
+In between, savings are a line in the number of equal sites that follow: exact for a layer left out, and close for tokens merged, which save in each
+layer that follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 from paretorch.ir.errors import ParetorchError
 from paretorch.plan import Choice, Knob
@@ -16,44 +18,66 @@ FEWEST = 4  # sites or values of which some are not priced
 Row = list[tuple[Knob, float]]
 
 
-class Savings:
-    """Savings of candidates, priced when they are asked for. saved: predicted seconds that one choice saves; raises ParetorchError."""
+@dataclass(frozen=True)
+class Pricing:
+    """Predicted seconds that one choice saves, which raise ParetorchError: on the whole graph, and on one with fewer layers, where the site is in it.
 
-    def __init__(self, candidates: Sequence[Candidate], alike: Callable[[Candidate], Hashable], saved: Callable[[Choice], float]) -> None:
-        self._saved = saved
+    alike: equal for candidates at equal places of repeated layers.
+    """
+
+    alike: Callable[[Candidate], Hashable]
+    saved: Callable[[Choice], float]
+    saved_in_short: Callable[[Choice], float]
+    is_in_short: Callable[[Candidate], bool]
+
+
+class Savings:
+    """Savings of candidates, priced when they are asked for."""
+
+    def __init__(self, candidates: Sequence[Candidate], pricing: Pricing) -> None:
+        self._pricing = pricing
         self._groups: dict[Hashable, list[Candidate]] = {}
-        self._keys = {id(candidate): (candidate.rule.name, candidate.knobs, alike(candidate)) for candidate in candidates}
+        self._keys = {id(candidate): (candidate.rule.name, candidate.knobs, pricing.alike(candidate)) for candidate in candidates}
         for candidate in candidates:
             self._groups.setdefault(self._keys[id(candidate)], []).append(candidate)
-        self._priced: dict[int, tuple[Row, str]] = {}
+        self._lines: dict[Hashable, dict[int, Row] | None] = {}
 
     def of(self, candidate: Candidate) -> tuple[Row, str]:
         """((knob, seconds saved) weaker first, reason): the values from the first that can be applied to the last; the reason if none can."""
-        group = self._groups[self._keys[id(candidate)]]
-        rows = {place: self._row(group[place]) for place in _some(len(group))} if len(group) >= FEWEST else {}
-        place = group.index(candidate)
-        if not rows or place in rows or len({tuple(knob for knob, _ in row) for row, _ in rows.values()}) > 1:
-            return self._row(candidate)
-        left, right = max(p for p in rows if p < place), min(p for p in rows if p > place)
-        share = (place - left) / (right - left)
-        between = zip(rows[left][0], rows[right][0], strict=True)
-        return [(knob, low + share * (high - low)) for (knob, low), (_, high) in between], rows[left][1]
+        key = self._keys[id(candidate)]
+        group = self._groups[key]
+        if key not in self._lines:
+            self._lines[key] = self._line(group)
+        line = self._lines[key]
+        if line is None:
+            return _priced(candidate, self._pricing.saved)
+        following = len(group) - 1 - group.index(candidate)
+        places = sorted(line)
+        right = next((place for place in places[1:] if place >= following), places[-1])
+        left = places[places.index(right) - 1]
+        share = (following - left) / (right - left)
+        return [(knob, low + share * (high - low)) for (knob, low), (_, high) in zip(line[left], line[right], strict=True)], ""
 
-    def _row(self, candidate: Candidate) -> tuple[Row, str]:
-        if id(candidate) not in self._priced:
-            self._priced[id(candidate)] = self._price(candidate)
-        return self._priced[id(candidate)]
+    def _line(self, group: Sequence[Candidate]) -> dict[int, Row] | None:
+        """Savings of some of these sites, by the number of sites that follow in the short graph; None if they are too few, or not alike after all."""
+        kept = [candidate for candidate in group if self._pricing.is_in_short(candidate)]
+        if len(group) < FEWEST or len(kept) < FEWEST:
+            return None
+        rows = {len(kept) - 1 - place: _priced(kept[place], self._pricing.saved_in_short)[0] for place in _some(len(kept))}
+        kinds = {tuple(knob for knob, _ in row) for row in rows.values()}
+        return rows if len(kinds) == 1 and () not in kinds else None
 
-    def _price(self, candidate: Candidate) -> tuple[Row, str]:
-        knobs, reason = candidate.knobs, ""
-        are_numbers = all(isinstance(knob, (int, float)) for knob in knobs)
-        priced: dict[int, float] = {}
-        for place in _some(len(knobs)) if len(knobs) >= FEWEST and are_numbers else range(len(knobs)):
-            try:
-                priced[place] = self._saved(Choice(candidate.rule.name, candidate.site.name, knobs[place]))
-            except ParetorchError as error:
-                reason = str(error).splitlines()[0]
-        return _between(priced, knobs), reason
+
+def _priced(candidate: Candidate, saved: Callable[[Choice], float]) -> tuple[Row, str]:
+    knobs, reason = candidate.knobs, ""
+    are_numbers = all(isinstance(knob, (int, float)) for knob in knobs)
+    priced: dict[int, float] = {}
+    for place in _some(len(knobs)) if len(knobs) >= FEWEST and are_numbers else range(len(knobs)):
+        try:
+            priced[place] = saved(Choice(candidate.rule.name, candidate.site.name, knobs[place]))
+        except ParetorchError as error:
+            reason = str(error).splitlines()[0]
+    return _between(priced, knobs), reason
 
 
 def _some(count: int) -> tuple[int, ...]:

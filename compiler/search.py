@@ -12,7 +12,7 @@ Same candidates, same evidence, same seed: the same points, to the byte.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.plan import Choice, Knob
 from paretorch.rewrites.apply import Candidate
-from paretorch.savings import Savings
+from paretorch.savings import Pricing, Savings
 from paretorch.stages import Stages
 
 PROBE_SAMPLES = 16
@@ -74,9 +74,9 @@ class Problem:
 
     apply: choices -> graph (raises ConflictError if they do not go together); price: graph -> (seconds, runtime); drifts: (choices, samples) ->
     label-free drift of each choice alone, or a sentence; loss: (choices, their graph) -> (mean, half width, n) on the ranking part.
-    memory: graph -> bytes; alike: equal for candidates at equal places of repeated layers, whose savings are a line; break_even: choice -> from
-    which size it pays, "" where no size varies; conflict: of choices, one that is known not to go with another, and why, so that the pair is
-    not tried. was_interrupted: set if Ctrl-C ended the search; what was found is kept.
+    memory: graph -> bytes; pricing: how savings are predicted; break_even: choice -> from which size it pays, "" where no size varies; conflict:
+    of choices, one that is known not to go with another, and why, so that the pair is not tried. was_interrupted: set if Ctrl-C ended the search;
+    what was found is kept.
     """
 
     candidates: Sequence[Candidate]
@@ -91,7 +91,7 @@ class Problem:
     record: Callable[[str, Choice, str, float | None, float | None], None] = lambda *_: None  # verdict, choice, reason, saved, drift
     evidence: dict[str, Any] = field(default_factory=dict)
     memory: Callable[[Graph], int] = lambda _: 0
-    alike: Callable[[Candidate], Hashable] = id
+    pricing: Pricing | None = None  # None: every candidate alone, on the whole graph
     break_even: Callable[[Choice], str] = lambda _: ""
     conflict: Callable[[tuple[Choice, ...]], tuple[Choice, str] | None] = lambda _: None
     was_interrupted: bool = False
@@ -180,7 +180,7 @@ def _is_dominated(state: _State) -> bool:
 def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
     """Every candidate alone: predicted saving at each knob value, drift measured at one of them and scaled to the others."""
     problem, moves = state.problem, []
-    savings = Savings(problem.candidates, problem.alike, lambda choice: base_seconds - problem.price(problem.apply((choice,)))[0])
+    savings = Savings(problem.candidates, problem.pricing or _one_by_one(problem, base_seconds))
     for start in range(0, len(problem.candidates), GROUP):
         problem.stages.tell("measure sites", start, len(problem.candidates))
         if problem.stages.is_over:
@@ -199,6 +199,13 @@ def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
                 moves.append(Move(_choice(candidate, knob), saved, drift * max(saved, 1e-12) / max(middle[1], 1e-12)))
                 problem.record("not taken", moves[-1].choice, "other choices save more for the same loss", saved, drift)
     return moves
+
+
+def _one_by_one(problem: Problem, base_seconds: float) -> Pricing:
+    def saved(choice: Choice) -> float:
+        return base_seconds - problem.price(problem.apply((choice,)))[0]
+
+    return Pricing(id, saved, saved, lambda _: True)
 
 
 def _leave_unmeasured(problem: Problem, candidates: Sequence[Candidate]) -> None:
@@ -233,21 +240,24 @@ def _ladder(start: tuple[Choice, ...], moves: Iterable[Move]) -> list[tuple[Choi
     by_site: dict[tuple[str, str], list[Move]] = {}
     for move in moves:
         by_site.setdefault((move.choice.rule, move.choice.site), []).append(move)
-    for options in by_site.values():
-        options.sort(key=lambda move: move.saved)
+    steps = {key: _best_step(None, options) for key, options in by_site.items()}
     rungs: list[tuple[Choice, ...]] = []
-    while True:
-        steps = [
-            (_gain(taken.get(key), move), move.choice.rule, move.choice.site, str(move.choice.knob), key, move)
-            for key, options in by_site.items()
-            for move in options
-            if key not in taken or move.saved > taken[key].saved
-        ]
-        if not steps:
-            return rungs
-        *_, key, best = max(steps, key=lambda step: step[:4])
-        taken[key] = best
+    while steps:
+        key = max(steps, key=lambda key: steps[key][0])
+        taken[key] = steps[key][1]
         rungs.append((*(move.choice for move in taken.values()), *start))
+        left = [move for move in by_site[key] if move.saved > taken[key].saved]
+        if left:
+            steps[key] = _best_step(taken[key], left)
+        else:
+            del steps[key]
+    return rungs
+
+
+def _best_step(before: Move | None, options: Iterable[Move]) -> tuple[tuple[float, str, str, str], Move]:
+    """(what it is ordered by, move) of the option of one site that gains most."""
+    ordered = (((_gain(before, move), move.choice.rule, move.choice.site, str(move.choice.knob)), move) for move in options)
+    return max(ordered, key=lambda step: step[0])
 
 
 def _gain(before: Move | None, after: Move) -> float:

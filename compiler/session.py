@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +23,6 @@ from paretorch.cost_model.price import Prices
 from paretorch.cost_model.quality import Drop, paired_drop
 from paretorch.data import prepare
 from paretorch.evidence import Evidence, evidence_of
-from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
@@ -32,6 +30,7 @@ from paretorch.ir.protocols import Executable
 from paretorch.judge import FIRST_LOOK, Judge, drift_of
 from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
+from paretorch.pricing import pricing_of
 from paretorch.rewrites.apply import Candidate, apply_choice
 from paretorch.rewrites.rule import Refusal, Rule
 from paretorch.search import BUDGET_SHARES, ConflictError, Point, Problem, search
@@ -113,9 +112,9 @@ class Session:
 
     # prices
 
-    def predicted(self, graph: Graph, runtime: str) -> float:
-        """Predicted seconds on one runtime, corrected by what this very model measured there, if it did."""
-        return self.prices.graph_cost(graph, runtime).seconds * self._anchor(runtime, is_reduced(graph))
+    def predicted(self, graph: Graph, runtime: str, weights: int | None = None) -> float:
+        """Predicted seconds on one runtime, corrected by what this very model measured there, if it did. weights: as for `Prices.graph_cost`."""
+        return self.prices.graph_cost(graph, runtime, weights).seconds * self._anchor(runtime, is_reduced(graph))
 
     def _anchor(self, runtime: str, reduced: bool) -> float:
         """Measured over predicted seconds of this model there; else at the other precision, or where that runtime's rates come from."""
@@ -123,10 +122,10 @@ class Session:
         keys = ((runtime, reduced), (base, reduced), (runtime, False), (base, False))
         return next((self.anchors[key] for key in keys if key in self.anchors), 1.0)
 
-    def price(self, graph: Graph) -> tuple[float, str]:
+    def price(self, graph: Graph, weights: int | None = None) -> tuple[float, str]:
         """Predicted seconds on the runtime that is predicted to be fastest."""
         able = [name for name in self.runtimes if not self.target.is_here or self.lowering.runtimes[name].refuses(graph) is None]
-        return min(((self.predicted(graph, name), name) for name in able), default=(float("inf"), "eager"))
+        return min(((self.predicted(graph, name, weights), name) for name in able), default=(float("inf"), "eager"))
 
     def memory_refusal(self, graph: Graph) -> str | None:
         """Why a plan's graph is predicted to need too much memory: more than the original's, or than the budget allows."""
@@ -137,17 +136,6 @@ class Session:
         if peak > MEMORY_SLACK * original:
             return f"it is predicted to need {peak / 1e6:.1f} MB, more than the original's {original / 1e6:.1f} MB"
         return None
-
-    def _alike(self, candidate: Candidate) -> Hashable:
-        """The places of its site within repeated layers; its own name where a part of the site is in none."""
-        parts = [self._roles.get(name) for name in re.split(r"\+|->", candidate.site.name)]
-        return tuple(parts) if None not in parts else candidate.site.name
-
-    @cached_property
-    def _roles(self) -> dict[str, tuple[int, int]]:
-        """(class, place within the region) of each node that is part of a repeated layer of the exact graph."""
-        classes = analyze(self.exact).repetition.classes
-        return {name: (kind, place) for kind, regions in enumerate(classes) for region in regions for place, name in enumerate(region)}
 
     def _break_even(self, choice: Choice) -> str:
         """From which sizes a choice pays, as a sentence; looked for once per rule, since each answer takes dozens of prices."""
@@ -248,7 +236,7 @@ class Session:
             record=self._record,
             evidence=self.evidence,
             memory=self.prices.peak_memory,
-            alike=self._alike,
+            pricing=pricing_of(self),
             break_even=self._break_even,
             conflict=lambda choices: self.conflicts.first(self.ordered(choices)),
         )

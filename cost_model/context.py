@@ -20,8 +20,8 @@ MOST_LAUNCH = 4.0  # times the dispatch of a chain
 
 
 def in_context(rates: Rates, group: Sequence[Sample]) -> Rates:
-    """The rates of one runtime and dtype with scale, convolved and launch_s from its samples of whole blocks, where there are any."""
-    block, residual = WHOLES
+    """The rates of one runtime and dtype with launch_s and scales from its samples of whole blocks, where there are any."""
+    block, residual, separable = WHOLES
     dtype = group[0].dtype
     large, small = _seconds(group, block, block.rows[-1], dtype), _seconds(group, block, block.rows[0], dtype)
     if large is not None:
@@ -31,17 +31,18 @@ def in_context(rates: Rates, group: Sequence[Sample]) -> Rates:
         launch = min(max((small - rates.scale * work) / launches, rates.launch_s), MOST_LAUNCH * rates.launch_s)
         rates = replace(rates, launch_s=launch, view_s=launch if rates.view_s else 0.0)
         rates = _scaled(rates, large, *_parts(rates, block, block.rows[-1], dtype))
-    whole = _seconds(group, residual, residual.rows[-1], dtype)
-    if whole is not None:
-        without = _cost(replace(rates, convolved=0.0), residual, residual.rows[-1], dtype)
-        convolved = _cost(replace(rates, convolved=1.0), residual, residual.rows[-1], dtype) - without
-        rates = replace(rates, convolved=_within((whole - without) / convolved))
+    for probe, name in ((residual, "convolved"), (separable, "separated")):
+        whole = _seconds(group, probe, probe.rows[-1], dtype)
+        if whole is not None:
+            without = _cost(replace(rates, **{name: 0.0}), probe, probe.rows[-1], dtype)  # type: ignore[arg-type]
+            alone = _cost(replace(rates, **{name: 1.0}), probe, probe.rows[-1], dtype) - without  # type: ignore[arg-type]
+            rates = replace(rates, **{name: _within((whole - without) / alone)})  # type: ignore[arg-type]
     return rates
 
 
 def _scaled(rates: Rates, seconds: float, work: float, launches: float) -> Rates:
     scale = _within((seconds - rates.call_s - launches * rates.launch_s) / work)
-    return replace(rates, scale=scale, convolved=scale)
+    return replace(rates, scale=scale, convolved=scale, separated=scale)
 
 
 def _seconds(group: Sequence[Sample], probe: Probe, rows: int, dtype: str) -> float | None:

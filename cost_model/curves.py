@@ -35,6 +35,16 @@ class Curve:
             )
         )
 
+    def times(self, above: Curve, below: Curve) -> Curve:
+        """This curve with each of its rates multiplied by above / below at the same place."""
+        has_two = len(self.columns) > 1 or self.columns[0][0] != 0.0
+        points = []
+        for second, column in self.columns:
+            for first, rate in column:
+                at = (math.exp(first), math.exp(second)) if has_two else (math.exp(first),)
+                points.append((at, math.exp(rate) * above(at) / below(at)))
+        return Curve.of(points)
+
     @classmethod
     def constant(cls, rate: float) -> Curve:
         return cls.of([((1.0,), rate)])
@@ -69,7 +79,8 @@ class Rates:
     between attention and the products around it.
     strided: views are not executed and cost view_s, and a copy is made only where a reshape needs it. cold_s_per_byte: further seconds for each
     byte of weights that no cache holds; warm_s_per_byte: of those that only the shared cache holds.
-    scale, convolved: how much longer nodes, and convolutions, take among others than in a chain of their own.
+    scale, convolved, separated: how much longer nodes, full convolutions, and pointwise and depthwise ones take among others than in a chain of
+    their own.
     flops_per_s: bounds the kinds that are rated by bytes, on devices that are known by their row only; measured curves contain it.
     """
 
@@ -89,6 +100,7 @@ class Rates:
     output_s_per_byte: float = 0.0
     scale: float = 1.0
     convolved: float = 1.0
+    separated: float = 1.0
 
     def curve(self, names: Iterable[str]) -> Curve | None:
         """The first of these curves that there is."""

@@ -86,7 +86,7 @@ def compile_panels(runtimes: Mapping[str, Runtime], thorough: bool, place: str, 
                 continue
             if name in cheap:
                 found += [_compile(name, runtime, (probe,), dtype, place, problems, TINY_ROWS) for probe in probes]
-            else:
+            elif thorough or dtype == "f32":  # else blocks alone; rates follow from those at f32
                 few = tuple(probe for probe in probes if dtype == "f32" or probe.repeats <= SHORT_CHAIN)
                 found += _compile_or_halve(name, runtime, few, dtype, place, problems)
             wholes = [(whole, rows) for whole in WHOLES for rows in (whole.rows if name in cheap else whole.rows[-1:])]

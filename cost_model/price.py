@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from paretorch.cost_model.curves import Calibration, Rates
+from paretorch.cost_model.definition import calls_of, is_defined, key_of
 from paretorch.cost_model.device_rows import Device
 from paretorch.cost_model.memory import copies, output_bytes, peak_memory, weight_bytes
 from paretorch.cost_model.work import Work, kind_of, other_sizes, work_of
@@ -24,6 +25,7 @@ from paretorch.ir.ops import op_of
 from paretorch.ir.protocols import Cost
 
 NOTHING = Cost(0.0)
+COMPUTES_CONSTANTS = ("eager",)  # runtimes that compute what depends on no input again in each call
 CACHED_SHARE = 0.5  # weights begin to leave a cache when they fill this share of it, since activations need room too
 
 
@@ -51,9 +53,12 @@ class Prices:
             raise TargetError(f"no prices for the runtime {runtime!r} on {self.calibration.name}; calibrated: {known or 'none'}")
         return found
 
-    def graph_cost(self, graph: Graph, runtime: str) -> Cost:
-        """Predicted cost of one call of the whole graph, at the example's sizes. Raises TargetError for a runtime without rates."""
-        context = self._context(runtime, weight_bytes(graph))
+    def graph_cost(self, graph: Graph, runtime: str, weights: int | None = None) -> Cost:
+        """Predicted cost of one call of the whole graph, at the example's sizes. Raises TargetError for a runtime without rates.
+
+        weights: bytes of the model that this graph is a part of, which say what of them caches hold; None for the graph's own.
+        """
+        context = self._context(runtime, weight_bytes(graph) if weights is None else weights)
         rates = self.rates(runtime, "f32")
         total = Cost(rates.call_s + rates.output_s_per_byte * output_bytes(graph))
         for node in graph.calls:
@@ -81,6 +86,12 @@ class Prices:
         return self._known[key]
 
     def _price(self, node: Node, context: _Context, fused: tuple[str, ...]) -> Cost:
+        if is_defined(node):
+            key = (key_of(node), context)
+            if key not in self._known:
+                calls = [call for call, varies in calls_of(node) if varies or context.runtime in COMPUTES_CONSTANTS]
+                self._known[key] = sum((self._cost(call, context) for call in calls), NOTHING)
+            return self._known[key]
         work = work_of(node)
         rates = self.rates(context.runtime, work.dtype)
         if kind_of(node) == "view" and rates.strided:
@@ -91,9 +102,16 @@ class Prices:
         cold = context.cold * rates.cold_s_per_byte * work.constant_bytes
         if work.constant_bytes <= self.calibration.near_cache_bytes:  # the curves of larger weights were measured without that cache
             cold += context.warm * rates.warm_s_per_byte * work.constant_bytes
-        scale = rates.convolved if kind_of(node) == "convolution" else rates.scale
+        scale = _scale(node, work, rates)
         seconds = (_seconds(work, rates) * scale + rates.launch_s) * share + cold
         return Cost(seconds, work.flops, work.bytes_moved * share, share)
+
+
+def _scale(node: Node, work: Work, rates: Rates) -> float:
+    """How much longer a node of this kind takes among others than alone."""
+    if kind_of(node) != "convolution":
+        return rates.scale
+    return rates.separated if work.curves[0] in ("convolution.pointwise", "convolution.depthwise") else rates.convolved
 
 
 def _missing(nbytes: float, cache_bytes: float) -> float:

@@ -202,6 +202,18 @@ def residual(b: Builder, x: Node, dtype: str) -> Node:
     return b.relu(b.add(x, y))
 
 
+def separable(b: Builder, x: Node, dtype: str) -> Node:
+    """A pointwise convolution that widens, a depthwise one and a pointwise one that narrows, each with a norm; the input is added."""
+    wide = 4 * SEPARABLE_WIDTH
+    y = b.relu(batch_norms(wide, 1)(b, pointwise(b, x, dtype, wide, SEPARABLE_WIDTH), dtype))
+    y = b.relu(batch_norms(wide, 1)(b, convolutions(wide, 3, wide, 1)(b, y, dtype), dtype))
+    return b.add(x, batch_norms(SEPARABLE_WIDTH, 1)(b, pointwise(b, y, dtype, SEPARABLE_WIDTH, wide), dtype))
+
+
+def pointwise(b: Builder, x: Node, dtype: str, to: int, channels: int) -> Node:
+    return b.convolution(x, weight(b, "k", dtype, to, channels, 1, 1), weight(b, "b", dtype, to), [1, 1], [0, 0], [1, 1], 1)
+
+
 def tiny_chain(count: int) -> Body:
     """So many nodes that do next to nothing, which no runtime fuses into one."""
 
@@ -234,7 +246,7 @@ WARM_WIDTH, WARM_COUNT = 384, 12  # weights of 7 MB at f32: together more than a
 TINY, TINY_ROWS, TINY_COUNT = 8, 2, 32
 NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
 CONVOLVED, CONVOLVED_POSITIONS, NORMED_COUNT = 32, 8 * 28 * 28, 4
-BLOCK_WIDTH, RESIDUAL_WIDTH = 256, 64
+BLOCK_WIDTH, RESIDUAL_WIDTH, SEPARABLE_WIDTH = 384, 64, 32
 LINEAR = tuple(
     Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
     for width, count, rows in (
@@ -289,8 +301,9 @@ MOVES = (
 )  # fmt: skip
 WARM = (Probe("warm", "warm", linears(WARM_WIDTH, WARM_COUNT), (WARM_WIDTH,), (1, 64), WARM_COUNT, half=False),)
 WHOLES = (
-    Probe("block", "block", block, (1, BLOCK_WIDTH), (16, 256), axis=1, is_whole=True),
+    Probe("block", "block", block, (1, BLOCK_WIDTH), (16, 512), axis=1, is_whole=True),
     Probe("residual", "residual", residual, (RESIDUAL_WIDTH, 28, 28), (4,), is_whole=True),
+    Probe("separable", "separable", separable, (SEPARABLE_WIDTH, 28, 28), (4,), is_whole=True),
 )
 PROBES = (*LINEAR, *WARM, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
 DISPATCH = Probe("dispatch", "dispatch", tiny_chain(TINY_COUNT), (TINY,), (TINY_ROWS,), TINY_COUNT, idle_rows=TINY_ROWS)

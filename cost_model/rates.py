@@ -36,6 +36,7 @@ NOT_CURVES = (
     "convolution_norm",
     "block",
     "residual",
+    "separable",
 )  # each sets a share or an overhead
 WHOLE = {probe.curve for probe in PROBES if not probe.narrowed}  # curves whose samples hold the handing out of a whole result
 SERVES = {probe.curve: (probe.curve, *probe.serves) for probe in PROBES}
@@ -53,6 +54,8 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
     found = {}
     for (runtime, dtype), group in groups.items():
         curves = _curves(_without_output(group, groups.get((runtime, "f32"), group)))
+        if "matrix" not in curves and dtype != "f32":
+            curves = _as_base_changes(groups, runtime, dtype)
         if "matrix" in curves and "elementwise" in curves:
             alone = replace(_traits(groups.get((runtime, "f32"), group)), curves=curves)
             found[runtime, dtype] = in_context(alone, group)
@@ -61,6 +64,16 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
             if runtime == base:
                 found[name, dtype] = _compiled(rates)
     return found
+
+
+def _as_base_changes(groups: dict[tuple[str, str], list[Sample]], runtime: str, dtype: str) -> dict[str, Curve]:
+    """A runtime's curves at f32, changed as another's change from f32 to this dtype; for one of which only blocks were measured at it."""
+    measured = [name for name, kind in groups if kind == dtype and any(s.curve == "matrix" for s in groups[name, kind])]
+    if not measured or (runtime, "f32") not in groups:
+        return {}
+    above, below = (_curves(_without_output(groups[measured[0], kind], groups[measured[0], "f32"])) for kind in (dtype, "f32"))
+    own = _curves(_without_output(groups[runtime, "f32"], groups[runtime, "f32"]))
+    return {name: curve.times(above[name], below[name]) if name in above and name in below else curve for name, curve in own.items()}
 
 
 def _traits(plain: list[Sample]) -> Rates:

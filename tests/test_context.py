@@ -12,7 +12,7 @@ from paretorch.cost_model.devices import DEVICES
 from paretorch.cost_model.probes import WHOLES, Probe, static_graph
 from paretorch.cost_model.work import work_of
 
-BLOCK, RESIDUAL = WHOLES
+BLOCK, RESIDUAL, SEPARABLE = WHOLES
 ALONE = replace(analytic(DEVICES["fake-compute"]).rates["eager", "f32"], launch_s=1e-6, view_s=1e-6)
 
 
@@ -35,6 +35,13 @@ def test_convolutions_have_a_scale_of_their_own():
     found = in_context(ALONE, [measured(RESIDUAL, RESIDUAL.rows[-1], truth)])
     assert found.convolved == pytest.approx(0.7, rel=1e-3)
     assert found.scale == 1.0
+
+
+def test_separable_convolutions_too():
+    truth = replace(ALONE, separated=1.5)
+    found = in_context(ALONE, [measured(SEPARABLE, SEPARABLE.rows[-1], truth)])
+    assert found.separated == pytest.approx(1.5, rel=1e-3)
+    assert found.convolved == 1.0
 
 
 def test_a_disturbance_is_cut():

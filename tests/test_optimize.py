@@ -167,6 +167,20 @@ def test_a_metric_that_returns_nan(vit):
         paretorch.optimize(model, inputs, target=TARGET, budget=budget, data=data, rules=["skip_block"])
 
 
+def test_a_plan_whose_scores_are_nan_fails_alone(vit):
+    """A metric that is finite on the original's outputs and NaN on those of any plan: plans fail, the search does not."""
+    model, inputs = vit
+    expected = model(*inputs).detach()
+
+    def metric(outputs, labels):
+        return torch.where((outputs - expected[: len(outputs)]).abs().amax(1) < 1e-4, 1.0, float("nan"))
+
+    data = [(inputs[0], torch.zeros(len(inputs[0]), dtype=torch.int64))] * 9
+    found = paretorch.optimize(model, inputs, target=TARGET, budget=Budget(metric=metric, max_drop=0.1), data=data, rules=["skip_block"])
+    assert len(found.plan) == 0
+    assert any("on the outputs of this plan, metric returned NaN" in entry.reason for entry in found.report.entries)
+
+
 def test_training_mode_and_misfits(vit):
     model, _ = vit
     with pytest.raises(InputError, match="training mode"):

@@ -92,5 +92,5 @@ def local_attention_flops(node: Node) -> Any:
 define(Op(
     name="local_attention", targets=(torch.ops.paretorch.local_attention.default,), kind="attention", flops=local_attention_flops,
     bytes=inputs_and_output, axes="attention", onnx=Missing("exported by its definition: lookups and one attention"),
-    source="arXiv:2004.05150",
+    source="arXiv:2004.05150", definition=local_attention,
 ))  # fmt: skip

@@ -86,6 +86,7 @@ class Op:
     moves_data: False if it only re-describes its input (view, transpose, …).
     triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option.
     onnx: the ONNX op that it becomes, or an emitter of `codegen/onnx/`.
+    definition: the function of torch ops that it runs as, where that is several passes over memory; its price is then theirs.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Op:
     triton: str | dict[str, str] | Missing = Missing("not an elementwise op")
     onnx: str | Missing = Missing("runs as torch")
     source: str = ""
+    definition: Callable[..., Any] | None = None
 
     @property
     def moves_data(self) -> bool:

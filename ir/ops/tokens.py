@@ -137,11 +137,11 @@ SPELLED_OUT = Missing("exported by its definition: lookups and products")
 SOURCE = "arXiv:2210.09461"
 define(Op(
     name="match_tokens", targets=(torch.ops.paretorch.match_tokens.default,), kind="matrix", flops=match_flops,
-    bytes=inputs_and_output, axes="match_tokens", onnx=SPELLED_OUT, source=SOURCE,
+    bytes=inputs_and_output, axes="match_tokens", onnx=SPELLED_OUT, source=SOURCE, definition=match_tokens,
 ))  # fmt: skip
 define(Op(
     name="merge_tokens", targets=(torch.ops.paretorch.merge_tokens.default,), kind="gather", flops=merge_flops,
-    bytes=inputs_and_output, axes="merge_tokens", onnx=SPELLED_OUT, source=SOURCE,
+    bytes=inputs_and_output, axes="merge_tokens", onnx=SPELLED_OUT, source=SOURCE, definition=merge_tokens,
 ))  # fmt: skip
 define(Op(
     name="source_map", targets=(torch.ops.paretorch.source_map.default,), kind="gather", flops=zero,
