@@ -44,7 +44,7 @@ from paretorch.rewrites.normalize import normalize
 RESULTS = Path(__file__).resolve().parent / "results"
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "prediction.png"
 BATCHES = (1, 4, 8)
-PLAN_ROUNDS = 10
+PLAN_ROUNDS = 15
 RACE_SECONDS = 10.0  # after which no new round begins
 CONTENDERS = (("eager", "f32"), ("eager", "bf16"), ("onnxruntime", "f32"), ("openvino", "f32"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from benchmarks.prediction_models import MODELS
 from paretorch.capture import capture
 from paretorch.codegen.runtimes import RUNTIMES
-from paretorch.cost_model.measure import race, ratio
+from paretorch.cost_model.measure import race
 from paretorch.cost_model.price import Prices
 from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import ParetorchError
@@ -70,7 +71,7 @@ def applied(graph: Graph, candidates: list[Candidate], parts: tuple[tuple[str, f
 
 
 def _rows(model: str, runtime: str, graphs: dict[str, Graph], x: torch.Tensor, prices: Prices, rounds: int) -> list[dict[str, Any]]:
-    """One race of all plans of a model on one runtime."""
+    """One race of all plans of a model on one runtime; measured is the median over rounds, since what disturbs a round disturbs both."""
     calls, predicted = {}, {}
     for label, graph in graphs.items():
         if RUNTIMES[runtime].refuses(graph) is not None:
@@ -89,7 +90,7 @@ def _rows(model: str, runtime: str, graphs: dict[str, Graph], x: torch.Tensor, p
     return [
         {
             "model": model, "runtime": runtime, "plan": label, "predicted": predicted["plain"] / predicted[label],
-            "measured": ratio(measured["plain"], found).value,
+            "measured": statistics.median(a / b for a, b in zip(measured["plain"].samples, found.samples, strict=True)),
         }
         for label, found in measured.items() if label != "plain"
     ]  # fmt: skip

@@ -62,13 +62,7 @@ def optimize(
     try:
         with stages("capture"):
             program = capture(model, example_inputs, dynamic_shapes)
-            if program.has_weights:
-                _check_captured(program)
-            elif not budget.is_exact:
-                raise BudgetError(
-                    "the model is on the meta device, and what a plan loses cannot be measured without weights; leave the budget out, "
-                    "or load the weights"
-                )
+            _check_captured(program, budget)
     except CaptureError as error:
         if isinstance(model, nn.Module) and is_weightless(model):
             raise
@@ -91,8 +85,18 @@ def optimize(
     return settle(session, session.exact_result)
 
 
-def _check_captured(program: Program) -> None:
-    """Compare the captured graph with the model on the example. Raises CaptureError; InputError for a model that is no function of its inputs."""
+def _check_captured(program: Program, budget: Budget) -> None:
+    """Compare the captured graph with the model on the example.
+
+    Raises CaptureError; InputError for a model that is no function of its inputs; BudgetError for a budget that needs weights which are not there.
+    """
+    if not program.has_weights:
+        if not budget.is_exact:
+            raise BudgetError(
+                "the model is on the meta device, and what a plan loses cannot be measured without weights; leave the budget out, "
+                "or load the weights"
+            )
+        return
     expected = program.run_original(*program.example)
     problem = disagreement(expected, program.graph.run(*program.example))
     if problem is None:
