@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,14 +173,25 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise InputError(f"example_inputs is {type(inputs).__name__}; expected a tensor, a tuple of positional or a dict of keyword inputs")
 
 
+def apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with a copy wherever one tensor is given a second time: tracing would take the two for one input."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    first = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
+    copies = [leaf.clone() if isinstance(leaf, Tensor) and first[id(leaf)] != place else leaf for place, leaf in enumerate(leaves)]
+    if all(copy is leaf for copy, leaf in zip(copies, leaves, strict=True)):
+        return args, kwargs
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(copies, spec)
+    return found
+
+
 def capture(model: nn.Module | ExportedProgram, example_inputs: Any, dynamic_shapes: Any = None) -> Program:
     """Capture a model for these inputs. dynamic_shapes: torch.export's form, or {"input": {axis: "name"}}.
 
     A model on the meta device gives a graph whose constants have no values.
     Raises InputError for a wrong call, and CaptureError if the model cannot become one graph, with the place where that failed.
     """
-    args, kwargs = as_call(example_inputs)
     register_caches()
+    args, kwargs = apart(*as_call(example_inputs))
     if isinstance(model, ExportedProgram):
         original = model.module(check_guards=False)
         args, kwargs = _as_exported(model, original, args, kwargs)
@@ -217,7 +229,8 @@ def _climb(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims
     from paretorch.dynamo import from_dynamo
 
     try:
-        with uncollected():
+        naming = _keywords_named(model, kwargs) if isinstance(dims, dict) and _loose(model, kwargs) else nullcontext()
+        with uncollected(), naming:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dims, strict=False)
         return from_export(program, model, args, kwargs)
     except Exception as error:  # torch.export raises many kinds; the next rung says what happened
@@ -254,12 +267,43 @@ def named_dims(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     found = walk(dynamic_shapes)
     if not isinstance(found, dict):
         return found
-    given = list(inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments)
-    given = [name for name in given if name not in ("args", "kwargs")] + [name for name in kwargs if name not in given]
-    unknown = sorted(set(found) - set(given) - {"args", "kwargs"})
+    bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    loose = _loose(model, kwargs)
+    found |= found.pop(loose, {}) if loose else {}
+    given = [name for name in bound if name != loose] + list(bound[loose] if loose else ())
+    unknown = sorted(set(found) - set(given))
     if unknown:
         raise InputError(f"dynamic_shapes names {', '.join(unknown)}; example_inputs gives {', '.join(given)}")
-    return {name: found.get(name) for name in [*given, *(name for name in ("args", "kwargs") if name in found)]}
+    return {name: found.get(name) for name in given}
+
+
+def _loose(model: nn.Module, kwargs: dict[str, Any]) -> str | None:
+    """The parameter of forward that takes some of these keywords together (**kwargs); None if it names all of them."""
+    parameters = inspect.signature(model.forward).parameters
+    catch_all = next((name for name, each in parameters.items() if each.kind is each.VAR_KEYWORD), None)
+    return catch_all if set(kwargs) - set(parameters) else None
+
+
+@contextmanager
+def _keywords_named(model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """While this lasts, forward's signature names every keyword: torch.export has no shapes for what **kwargs takes."""
+    signature, inner = inspect.signature(model.forward), model.forward
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs if name not in signature.parameters]
+    named = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    kept = model.__dict__.get("forward")
+
+    def forward(*args: Any, **options: Any) -> Any:
+        return inner(*args, **options)
+
+    forward.__signature__ = signature.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if kept is None:
+            del model.forward
+        else:
+            model.forward = kept
 
 
 def _as_exported(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from paretorch.capture import capture
+from paretorch.capture import Call, capture
 from paretorch.contest import relative_error
 from paretorch.ir.errors import CaptureError, InputError
 from tests import tiny_transformers
@@ -154,6 +154,30 @@ class Two(nn.Module):
 
 
 AB = (torch.randn(2, 4), torch.randn(2, 6))
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    class Difference(nn.Module):
+        def forward(self, x, y, *, pair):
+            return x - 2 * y + 3 * pair[0] + 5 * pair[1]
+
+    x, model = torch.ones(2, 3), Difference().eval()
+    program = capture(model, Call((x, x), {"pair": (x, x)}))
+    given = [torch.full((2, 3), float(10**place)) for place in range(4)]
+    assert torch.equal(call(program, *given[:2], pair=tuple(given[2:])), model(*given[:2], pair=tuple(given[2:])))
+
+
+class Loose(nn.Module):
+    def forward(self, x, **options):
+        return x + options["y"] * options["times"]
+
+
+@pytest.mark.parametrize("dims", [{"x": {0: "b"}, "y": {0: "b"}}, {"x": {0: "b"}, "options": {"y": {0: "b"}}}])
+def test_keywords_that_forward_does_not_name_have_shapes(dims):
+    model = Loose().eval()
+    program = capture(model, {"x": torch.ones(2, 3), "y": torch.ones(2, 3), "times": 2.0}, dims)
+    assert torch.equal(call(program, x=torch.ones(5, 3), y=torch.ones(5, 3), times=2.0), torch.full((5, 3), 3.0))
+    assert "forward" not in vars(model)
 
 
 def test_equal_names_are_one_size():
