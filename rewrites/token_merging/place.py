@@ -60,6 +60,9 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     layout = layout_of(facts.axes, value, atom, batch)
     if layout is None:
         return f"the {atom.size} tokens of {named(mixer)} are not one dimension beside its batch in {value.name}: {tensor_type(value)}"
+    pairs = mask_by_pairs(mixer)
+    if pairs:
+        return pairs  # and so nothing tells the sizes of its keys
     downstream = _downstream(graph, value)
     if any(is_op(node, "merge_tokens") and _keys_of(node) is arguments(mixer)["key"] for node in downstream):
         return f"tokens are merged after {named(mixer)} already"
