@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ class Program:
     def is_dynamic(self) -> bool:
         return self.signature.is_dynamic
 
-    @property
+    @cached_property
     def has_weights(self) -> bool:
-        """Whether it can be run: not a model that was captured without weights."""
+        """Whether it can be run: not a model that was captured without weights. Found once, since every call asks."""
         return self.graph.has_weights and all(map(has_values, self.example))
 
     @property

@@ -196,7 +196,7 @@ def linear(b: Builder, x: Node, dtype: str, to: int, width: int) -> Node:
 
 
 def residual(b: Builder, x: Node, dtype: str) -> Node:
-    """Two 3x3 convolutions, each with a norm, around which the input is added, and one that widens."""
+    """Two 3x3 convolutions, each with a norm, around which the input is added."""
     y = b.relu(batch_norms(RESIDUAL_WIDTH, 1)(b, convolutions(RESIDUAL_WIDTH, 3, 1, 1)(b, x, dtype), dtype))
     y = batch_norms(RESIDUAL_WIDTH, 1)(b, convolutions(RESIDUAL_WIDTH, 3, 1, 1)(b, y, dtype), dtype)
     return b.relu(b.add(x, y))
