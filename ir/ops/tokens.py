@@ -31,7 +31,7 @@ from torch.fx import Node
 
 from paretorch.ir.ops.costs import inputs_and_output, operands, output, output_twice, per_element, zero
 from paretorch.ir.ops.library import LIBRARY
-from paretorch.ir.ops.table import Missing, Op, define
+from paretorch.ir.ops.table import Missing, Op, define, op_of
 
 HIDDEN = -1e30  # the bias of a token of size 0: no weight beside any real token, and a row of nothing but padding stays finite
 
@@ -106,6 +106,18 @@ def weigh_tokens(x: Tensor, size: Tensor, token_dim: int, batch_dims: Sequence[i
     for dim in range(x.dim()):
         weight = weight if dim in dims else weight.unsqueeze(dim)
     return x * weight
+
+
+def is_match(node: Node | None) -> bool:
+    """Whether a node chooses which tokens go and where: it begins the axis of those that are kept."""
+    op = op_of(node) if node is not None else None
+    return op is not None and op.axes == "match_tokens"
+
+
+def is_reduction(node: Node) -> bool:
+    """Whether a node makes rows fewer by a match."""
+    op = op_of(node)
+    return op is not None and op.axes == "merge_tokens"
 
 
 SCHEMAS = {

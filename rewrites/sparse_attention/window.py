@@ -11,6 +11,7 @@ from paretorch.ir.builder import Builder
 from paretorch.ir.errors import PlanError
 from paretorch.ir.graph import Graph, arguments, origin_of
 from paretorch.ir.ops import is_op
+from paretorch.ir.ops.tokens import is_match
 from paretorch.rewrites.rule import Knob, Refusal, Site
 from paretorch.rewrites.sparse_attention.key_bias import key_bias_of, mask_by_pairs
 
@@ -29,7 +30,7 @@ def legal_widths(graph: Graph, axis: TokenAxis, node: Node) -> tuple[int, ...] |
     if not isinstance(tokens, int):
         return f"{node.name} ({origin_of(node)}) runs over {tokens} tokens, a number not known before it runs"
     born = graph.node(axis.atom.born)
-    if born is not None and is_op(born, "match_tokens"):
+    if born is not None and is_match(born):
         return f"the tokens of {node.name} were merged by {born.name}; their places no longer say how far apart they are"
     given = arguments(node)
     if given["offset"] != 0 or given["right"] not in (-1, 0):

@@ -1,10 +1,13 @@
-"""The size of tokens carried through a graph: at a merge it begins or goes on, and all that reads the tokens downstream gets it.
+"""Fewer tokens from one value on: every user of it reads the fewer rows, and all that reads tokens downstream learns their sizes.
 
 Attention adds log(size) to the scores of a key, instead of the mask that said which tokens are padding (size 0 says so now); sums and
-means over tokens weigh them; later merges average by it.
+means over tokens weigh them; later steps count them in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -13,6 +16,7 @@ from paretorch.ir.analyze import Atom, AxisFacts, rederive_lengths
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, arguments, shape_of, tensor_type
 from paretorch.ir.ops import aten, is_op
+from paretorch.ir.ops.tokens import is_match, is_reduction
 from paretorch.ir.types import DTYPES
 from paretorch.rewrites.sparse_attention.key_bias import per_key
 from paretorch.rewrites.token_merging.companions import merge_companions
@@ -20,6 +24,50 @@ from paretorch.rewrites.token_merging.place import Place, parts_of, pooled
 from paretorch.rewrites.token_merging.rows import restored, rows_of
 
 END = 2**63 - 1  # a slice to the end, as export writes it
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """What a technique put at a place.
+
+    indices: kept, source and target of its match. The functions emit through a builder. rows: rows of the stream [B,T,C] -> a node of
+    ([B,T',C], size [B,T']); weights: one number per token [B,T,1] -> [B,T',1].
+    """
+
+    indices: tuple[Node, Node, Node]
+    rows: Callable[[Builder, Node], Node]
+    weights: Callable[[Builder, Node], Node]
+
+
+def merging(b: Builder, match: Node, size: Node | None) -> Reducer:
+    """The reducer that merges tokens as a match says, by the average that their sizes weigh."""
+    indices = (b.item(match, 0), b.item(match, 1), b.item(match, 2))
+
+    def rows(at: Builder, x: Node) -> Node:
+        return at.merge_tokens(x, *indices, size)
+
+    return Reducer(indices, rows, lambda at, weights: at.item(rows(at, weights), 0))
+
+
+def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Callable[[Builder, Node | None], Reducer]) -> Graph:
+    """The graph, edited in place, with fewer tokens from the place on. emit: (builder, sizes of the tokens or None) -> what is done to them.
+
+    Raises PlanError if something downstream cannot take it.
+    """
+    value = place.value
+    b = Builder(graph, value.next, origin=value.meta.get("origin"), rule=rule, site=place.mixer.name)
+    reducer = emit(b, sizes_before(b, place.mixer))
+    reduced = reducer.rows(b, rows_of(b, value, place.layout))
+    rows = b.item(reduced, 0)
+    fewer = restored(b, rows, value, place.layout)
+    size = b.item(reduced, 1)
+    for node in place.downstream:
+        if node.op != "output":  # a hidden state that the model returns stays as it was
+            node.replace_input_with(value, fewer)
+    merge_companions(graph, axes, place, b, reducer.weights)
+    Carrier(graph, axes, place, b, size).carry()
+    rederive_lengths(graph, axes, {fewer.name: (place.axis.atom, shape_of(rows)[1])})
+    return graph.clean()
 
 
 def sizes_before(b: Builder, mixer: Node) -> Node | None:
@@ -46,7 +94,7 @@ def _weight(b: Builder, bias: Node) -> Node:
 
 
 class Carrier:
-    """Gives what is downstream of one merge the new sizes. size: T[B,T'], emitted after `b`'s place."""
+    """Gives what is downstream of one step the new sizes. size: T[B,T'], emitted after `b`'s place."""
 
     def __init__(self, graph: Graph, axes: AxisFacts, place: Place, b: Builder, size: Node) -> None:
         self.graph, self.axes, self.place, self.b = graph, axes, place, b
@@ -58,8 +106,8 @@ class Carrier:
         for node in self.place.downstream:
             if is_op(node, "attention"):
                 self._attention(node)
-            elif is_op(node, "match_tokens", "merge_tokens"):
-                self._merge(node)
+            elif is_match(node) or is_reduction(node):
+                self._step(node)
             elif is_op(node, "mean", "sum"):
                 self._pool(node)
 
@@ -90,13 +138,14 @@ class Carrier:
         node.args = (given["query"], given["key"], given["value"])
         node.kwargs = {"key_bias": self.biases[atom], **options}
 
-    def _merge(self, node: Node) -> None:
+    def _step(self, node: Node) -> None:
+        """A later match or reduction counts the sizes in."""
         found = self._of(node.args[0], 1)  # type: ignore[arg-type]
-        if found is None:
-            return
-        args = [*node.args, None][:5]
-        args[1 if is_op(node, "match_tokens") else 4] = found[1]
-        node.args = tuple(args[: 4 if is_op(node, "match_tokens") else 5])
+        if found is not None:
+            place = [argument.name for argument in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
+            args = [*node.args, *[None] * (place + 1 - len(node.args))]
+            args[place] = found[1]
+            node.args = tuple(args)
 
     def _pool(self, node: Node) -> None:
         found = pooled(self.graph, self.axes, self.place.axis.atom, node, self.place.batch)
@@ -121,24 +170,3 @@ class Carrier:
         if dims is None or dims == []:
             return True
         return token in [dim % rank for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
-
-
-def merge_at(graph: Graph, axes: AxisFacts, place: Place, count: int, rule: str) -> Graph:
-    """The graph, edited in place, with `count` tokens merged at the place. Raises PlanError if something downstream cannot take it."""
-    value = place.value
-    b = Builder(graph, value.next, origin=place.value.meta.get("origin"), rule=rule, site=place.mixer.name)
-    size = sizes_before(b, place.mixer)
-    metric = b.mean(arguments(place.mixer)["key"], [1])
-    match = b.match_tokens(metric, size, count, place.protected)
-    indices = [b.item(match, number) for number in range(3)]
-    merge = b.merge_tokens(rows_of(b, value, place.layout), *indices, size)
-    merged = restored(b, b.item(merge, 0), value, place.layout)
-    new_size = b.item(merge, 1)
-    for node in place.downstream:
-        if node.op != "output":  # a hidden state that the model returns stays as it was
-            node.replace_input_with(value, merged)
-    merge_companions(graph, axes, place, b, lambda at, rows: at.item(at.merge_tokens(rows, *indices, size), 0))
-    Carrier(graph, axes, place, b, new_size).carry()
-    tokens = place.axis.atom.size
-    rederive_lengths(graph, axes, {merged.name: (place.axis.atom, tokens - count)})
-    return graph.clean()

@@ -16,6 +16,7 @@ from torch.fx import Node
 from paretorch.ir.analyze import Atom, AxisFacts, Facts, TokenAxis, Use
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import is_op
+from paretorch.ir.ops.tokens import is_match, is_reduction
 from paretorch.rewrites.layer_skipping.skip import region
 from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
 
@@ -64,13 +65,14 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     if pairs:
         return pairs  # and so nothing tells the sizes of its keys
     downstream = _downstream(graph, value)
-    if any(is_op(node, "merge_tokens") and _keys_of(node) is arguments(mixer)["key"] for node in downstream):
-        return f"tokens are merged after {named(mixer)} already"
+    taken = next((node for node in downstream if is_reduction(node) and _takes(node, value)), None)
+    if taken is not None:
+        return f"tokens are merged after {named(mixer)} already, by {taken.meta.get('rule') or taken.name}"
     refusal = _forbidden(graph, facts, axis, mixer, downstream, batch)
     if refusal:
         return refusal
     protected = max((_selected(nodes[use.node]) for use in _uses(axis, downstream) if use.kind == "selects"), default=0)
-    largest = min([(atom.size - protected) // 2, *(_slack(node) for node in downstream if is_op(node, "match_tokens"))])
+    largest = min([(atom.size - protected) // 2, *(_slack(node) for node in downstream if is_match(node))])
     return Place(mixer, value, axis, layout, batch, protected, downstream, largest)
 
 
@@ -150,11 +152,12 @@ def _uses(axis: TokenAxis, downstream: Iterable[Node]) -> list[Use]:
     return [use for use in axis.uses if use.node in inside]
 
 
-def _keys_of(merge: Node) -> object:
-    """The keys over whose heads the metric of a merge's match is the mean."""
-    kept: Any = merge.args[1]
-    metric = kept.args[0].args[0]
-    return metric.args[0] if is_op(metric, "mean") else None
+def _takes(reduction: Node, value: Node) -> bool:
+    """Whether it is this value whose rows a reduction makes fewer, laid out as rows or not."""
+    x: Any = reduction.args[0]
+    while x is not value and is_op(x, "permute", "view"):
+        x = x.args[0]
+    return x is value
 
 
 def _selected(node: Node) -> int:
@@ -172,7 +175,7 @@ def _selected(node: Node) -> int:
 
 def _slack(node: Node) -> int:
     """How many tokens fewer a later match could have and still find its count."""
-    metric, _, count, protected = node.args
+    metric, _, count, protected = node.args[:4]
     return int(metric.meta["val"].shape[1]) - int(protected) - 2 * int(count)  # type: ignore[union-attr, arg-type]
 
 
