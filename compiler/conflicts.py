@@ -38,6 +38,8 @@ class Conflicts:
         return self._found[earlier, later]
 
     def _declared(self, earlier: Choice, later: Choice) -> str | None:
+        if earlier.site == later.site and all("token_count" in self.rules[choice.rule].invalidates for choice in (earlier, later)):
+            return f"in conflict with {earlier}: one place takes one rule that makes the tokens behind it fewer"
         lost = self.rules[earlier.rule].invalidates & self.rules[later.rule].reads
         if not lost or not self._is_behind(later.site, earlier.site):
             return None

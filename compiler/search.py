@@ -12,7 +12,7 @@ Same candidates, same evidence, same seed: the same points, to the byte.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,8 +75,8 @@ class Problem:
     apply: choices -> graph (raises ConflictError if they do not go together); price: graph -> (seconds, runtime); drifts: (choices, samples) ->
     label-free drift of each choice alone, or a sentence; loss: (choices, their graph) -> (mean, half width, n) on the ranking part.
     memory: graph -> bytes; pricing: how savings are predicted; break_even: choice -> from which size it pays, "" where no size varies; conflict:
-    of choices, one that is known not to go with another, and why, so that the pair is not tried. was_interrupted: set if Ctrl-C ended the search;
-    what was found is kept.
+    of choices, one that is known not to go with another, and why, so that the pair is not tried; slot: equal for choices of which a plan takes one
+    at most, and may put one in the place of another. was_interrupted: set if Ctrl-C ended the search; what was found is kept.
     """
 
     candidates: Sequence[Candidate]
@@ -94,6 +94,7 @@ class Problem:
     pricing: Pricing | None = None  # None: every candidate alone, on the whole graph
     break_even: Callable[[Choice], str] = lambda _: ""
     conflict: Callable[[tuple[Choice, ...]], tuple[Choice, str] | None] = lambda _: None
+    slot: Callable[[Choice], Hashable] = lambda choice: (choice.rule, choice.site)
     was_interrupted: bool = False
 
 
@@ -119,7 +120,7 @@ def _explore(state: _State, base_seconds: float) -> None:
     for start, usable in sorted(starts, key=lambda item: -len(item[0])):
         if not start and _is_dominated(state):
             continue
-        rungs = [start, *_ladder(start, usable)]
+        rungs = [start, *_ladder(start, usable, problem.slot)]
         state.evaluate(start)
         for share in BUDGET_SHARES:
             _bisect(state, rungs, share * problem.limit)
@@ -234,19 +235,19 @@ def _choice(candidate: Candidate, knob: Knob) -> Choice:
     return Choice(candidate.rule.name, candidate.site.name, knob)
 
 
-def _ladder(start: tuple[Choice, ...], moves: Iterable[Move]) -> list[tuple[Choice, ...]]:
+def _ladder(start: tuple[Choice, ...], moves: Iterable[Move], slot: Callable[[Choice], Hashable]) -> list[tuple[Choice, ...]]:
     """Rungs from `start`: each adds the move, or raises the knob, that saves most further seconds per further drift."""
-    taken: dict[tuple[str, str], Move] = {}
-    by_site: dict[tuple[str, str], list[Move]] = {}
+    taken: dict[Hashable, Move] = {}
+    by_slot: dict[Hashable, list[Move]] = {}
     for move in moves:
-        by_site.setdefault((move.choice.rule, move.choice.site), []).append(move)
-    steps = {key: _best_step(None, options) for key, options in by_site.items()}
+        by_slot.setdefault(slot(move.choice), []).append(move)
+    steps = {key: _best_step(None, options) for key, options in by_slot.items()}
     rungs: list[tuple[Choice, ...]] = []
     while steps:
         key = max(steps, key=lambda key: steps[key][0])
         taken[key] = steps[key][1]
         rungs.append((*(move.choice for move in taken.values()), *start))
-        left = [move for move in by_site[key] if move.saved > taken[key].saved]
+        left = [move for move in by_slot[key] if move.saved > taken[key].saved]
         if left:
             steps[key] = _best_step(taken[key], left)
         else:
@@ -255,7 +256,7 @@ def _ladder(start: tuple[Choice, ...], moves: Iterable[Move]) -> list[tuple[Choi
 
 
 def _best_step(before: Move | None, options: Iterable[Move]) -> tuple[tuple[float, str, str, str], Move]:
-    """(what it is ordered by, move) of the option of one site that gains most."""
+    """(what it is ordered by, move) of the option of one slot that gains most."""
     ordered = (((_gain(before, move), move.choice.rule, move.choice.site, str(move.choice.knob)), move) for move in options)
     return max(ordered, key=lambda step: step[0])
 
@@ -288,20 +289,20 @@ def _refine(state: _State, moves: Sequence[Move], limit: float) -> None:
         if state.is_over or not good or not moves:
             return
         best = min(good, key=lambda point: (point.predicted, str(point.choices)))
-        options = [kept for kept in _neighbours(best, moves, chance) if kept not in tried]
+        options = [kept for kept in _neighbours(best, moves, chance, state.problem.slot) if kept not in tried]
         if not options:
             return
         tried.add(options[0])
         state.evaluate(options[0])
 
 
-def _neighbours(best: Point, moves: Sequence[Move], chance: random.Random) -> list[tuple[Choice, ...]]:
+def _neighbours(best: Point, moves: Sequence[Move], chance: random.Random, slot: Callable[[Choice], Hashable]) -> list[tuple[Choice, ...]]:
     """Plans one step from this one, most seconds saved per drift first: a further move, or a stronger one in the place of a weaker."""
-    taken = {(choice.rule, choice.site): choice for choice in best.choices}
+    taken = {slot(choice): choice for choice in best.choices}
     known = {move.choice: move for move in moves}
     steps = []
     for move in moves:
-        before = taken.get((move.choice.rule, move.choice.site))
+        before = taken.get(slot(move.choice))
         if before == move.choice or (before in known and move.saved <= known[before].saved):
             continue
         kept = tuple(choice for choice in best.choices if choice != before)

@@ -239,7 +239,13 @@ class Session:
             pricing=pricing_of(self),
             break_even=self._break_even,
             conflict=lambda choices: self.conflicts.first(self.ordered(choices)),
+            slot=self._slot,
         )
+
+    def _slot(self, choice: Choice) -> Hashable:
+        """Rules that make tokens fewer take turns at a place; all others have it for themselves."""
+        fewer = any(rule.name == choice.rule and "token_count" in rule.invalidates for rule in self.rules)
+        return ("token_count" if fewer else choice.rule, choice.site)
 
     def _loss(self, choices: tuple[Choice, ...], graph: Graph) -> tuple[float, float, int]:
         """Mean loss on the ranking part, half width, samples. Raises PlanError for a plan that needs too much memory, LoweringError."""

@@ -126,3 +126,13 @@ def test_an_interruption_keeps_what_was_found():
     points = search(made)
     assert made.was_interrupted
     assert len(points) == 5
+
+
+def test_choices_that_share_a_slot_take_turns():
+    records = []
+    asked = problem(CANDIDATES, limit=0.03, log=records)
+    asked.slot = lambda choice: choice.site
+    points = search(asked)
+    assert all(len({choice.site for choice in point.choices}) == len(point.choices) for point in points)
+    assert {choice.rule for point in points for choice in point.choices} == {"merge", "skip"}
+    assert best_within(points, 0.03).predicted < 1.0

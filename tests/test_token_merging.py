@@ -129,6 +129,14 @@ def test_tokens_read_by_place_are_protected() -> None:
     assert {node.args[3] for node in graph.calls if is_op(node, "match_tokens")} == {4}
 
 
+@pytest.mark.parametrize(
+    ("read", "protected"), [(lambda x: x[:, 1:][:, 0], 2), (lambda x: x[:, :3][:, 1], 3), (lambda x: x[:, 2:][:, 1:3].sum(1), 5)]
+)
+def test_a_place_in_a_slice_is_counted_from_the_first_token(read: Callable[[Tensor], Tensor], protected: int) -> None:
+    graph = merged(graph_of(Plain(read=read), (torch.randn(2, 20, 8),)))
+    assert {node.args[3] for node in graph.calls if is_op(node, "match_tokens")} == {protected}
+
+
 def test_the_order_of_choices_does_not_matter() -> None:
     model, inputs = make("vit_mean", T=40)
     graph = graph_of(model.double(), tuple(x.double() for x in inputs))
@@ -306,6 +314,13 @@ def _grid(x: Tensor) -> Tensor:
     return F.avg_pool2d(x.transpose(1, 2).unflatten(2, (3, 4)), 3).flatten(1)
 
 
+class Biased(Plain):
+    """Relative positions: something for each pair of places in the scores of the last layer alone."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        return self.blocks[1](self.blocks[0](x), bias).mean(1)
+
+
 class Late(Plain):
     """Adds a second input to the tokens at the end."""
 
@@ -334,6 +349,7 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str
     "windows": (lambda: make("swin", T=8), "not one dimension beside its batch"),
     "over time": (lambda: (Frames(over_time=True), (torch.randn(2, 3, 12, 8),)), "same place|must stay aligned"),
     "frame mean": (lambda: (Frames(frame_mean=True), (torch.randn(2, 3, 12, 8),)), "joins rows of the batch by the places"),
+    "pairs": (lambda: (Biased(), (torch.randn(2, 12, 8), torch.randn(1, 2, 12, 12))), "says something about pairs of places"),
     "few": (lambda: make("vit_registers", T=10), "10 tokens, 4 of them read by place, leave at most 3"),
 }
 

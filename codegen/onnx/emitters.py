@@ -111,10 +111,19 @@ def _truths(x: Any) -> Any:
     return x if x.dtype is not None and x.dtype.value == BOOL else None
 
 
+def sort(op: Any, x: Any, dim: int = -1, descending: bool = False, *, stable: bool = False) -> Any:
+    """aten.sort, stable or not: TopK of all entries keeps the order of equals. Raises LoweringError for a number."""
+    if len(x.shape) == 0:
+        raise LoweringError("sort of a value without dimensions; the ONNX form takes one or more")
+    axis = dim % len(x.shape)
+    return op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
+
+
 EMITTERS: dict[str, Emitter] = {
     "attention": attention,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     "sum": total,
+    "sort": sort,
 }
 
 

@@ -63,4 +63,4 @@ _row("cosine_similarity", "cosine_similarity.default", None, per_input_element(6
 _row("cdist", "cdist.default", None, distance_flops, Missing("spelled out: differences and norms"), "reduce")
 _row("topk", "topk.default", "scan", per_input_element(4), "TopK", "reduce")
 _row("argsort", "argsort.default argsort.stable", "scan", per_input_element(8), "TopK", "reduce")
-_row("sort", "sort.default sort.stable", "scan", per_input_element(8), "TopK", "reduce")
+_row("sort", "sort.default sort.stable", "scan", per_input_element(8), "sort", "reduce")

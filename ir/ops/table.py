@@ -65,6 +65,7 @@ AXES: dict[str, str] = {  # how the axes of operands become those of the result;
     "merge_tokens": "see `paretorch.ir.ops.tokens`",
     "source_map": "see `paretorch.ir.ops.tokens`",
     "weigh_tokens": "see `paretorch.ir.ops.tokens`",
+    "class_weights": "see `paretorch.ir.ops.token_choice`",
     "scalar": "a number, or one output of an op with several",
 }
 

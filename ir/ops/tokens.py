@@ -1,7 +1,9 @@
 """Tokens as a value: rows, how many original tokens each row stands for (its size), and which row each token went to.
 
 match_tokens(metric: T[B,T,D], size: T[B,T]?, count=r, protected=p) -> kept: i64[B,T-r], source: i64[B,r], target: i64[B,r]
-merge_tokens(x: T[B,T,C], kept, source, target, size?)              -> merged: T[B,T-r,C], size: T[B,T-r]
+merge_tokens(x: T[B,T,C], kept, source, target, size?, weight?)     -> merged: T[B,T-r,C], size: T[B,T-r]
+merge_to_norm(x: T[B,T,C], kept, source, target, size?)             -> the same, each merged row as long as the longest row in it
+keep_tokens(x: T[B,T,C], kept, size?)                               -> rows: T[B,T-r,C], size: T[B,T-r]; the sources are dropped
 source_map(kept, source, target, previous: i64[B,T0]?)              -> i64[B,T0], the row that each original token is now part of
 log_size(size: T[B,T])                                              -> T[B,T], the key bias of tokens of these sizes
 weigh_tokens(x, size: T[B,T], token_dim, batch_dims, normalize)     -> x times its tokens' sizes, for sums and means over tokens
@@ -45,15 +47,25 @@ def match_tokens(metric: Tensor, size: Tensor | None, count: Any, protected: int
     best, partner = cosine.max(-1)
     if size is not None:
         best = best.masked_fill(size[:, protected::2] == 0, torch.inf)
-    # sort.stable has no ONNX form; torch's plain sort on CPU and ONNX's TopK keep the order of equals
-    strongest = torch.sort(best, dim=1, descending=True)[1][:, :count]
+    strongest = in_order(best)[:, :count]
     chosen = torch.sort(strongest, dim=1)[0]
     source = protected + 2 * chosen
     joined = protected + 1 + 2 * partner.gather(1, chosen)
+    return moved(source, joined, metric.shape[1])
+
+
+def in_order(value: Tensor) -> Tensor:
+    """The places along the second dimension of [B,T], largest value first, equal ones by place: torch's plain sort leaves that open above 16."""
+    return torch.sort(value, dim=1, descending=True, stable=True)[1]
+
+
+def moved(source: Tensor, joined: Tensor, tokens: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a match gives: source: i64[B,r], the places of the tokens that go, ascending; joined: i64[B,r], the place that each goes to."""
     target = joined - (source[:, None, :] < joined[:, :, None]).sum(-1)
     # The j-th row that stays is token j plus the number of sources before it; the i-th source lies before it if source - i <= j.
-    gone = source - torch.arange(count, device=metric.device)
-    rows = torch.arange(metric.shape[1] - count, device=metric.device)
+    count = source.shape[1]
+    gone = source - torch.arange(count, device=source.device)
+    rows = torch.arange(tokens - count, device=source.device)
     kept = rows + (gone[:, None, :] <= rows[:, None]).sum(-1)
     return kept, source, target
 
@@ -65,19 +77,47 @@ def take_rows(x: Tensor, places: Tensor) -> Tensor:
     return F.embedding(places + first, x.reshape(batch * tokens, width))
 
 
-def merge_tokens(x: Tensor, kept: Tensor, source: Tensor, target: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The size-weighted average of the tokens of each row, and the rows' new sizes. A row that nothing joins is unchanged to the bit."""
+def merge_tokens(
+    x: Tensor, kept: Tensor, source: Tensor, target: Tensor, size: Tensor | None = None, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The average of the tokens of each row, weighted by weight[B,T] or else by size, and the rows' new sizes.
+
+    A row that nothing joins is unchanged to the bit.
+    """
     if size is None:
         size = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     size = size.expand(x.shape[0], -1)
     joins = target[:, None, :] == torch.arange(kept.shape[1], device=x.device)[:, None]  # bool[B,T-r,r]
     kept_size, source_size = size.gather(1, kept), size.gather(1, source)
-    total = kept_size + (joins * source_size[:, None, :]).sum(-1)
+    new_size = total = kept_size + (joins * source_size[:, None, :]).sum(-1)
+    if weight is not None:
+        kept_size, source_size = weight.gather(1, kept), weight.gather(1, source)
+        total = kept_size + (joins * source_size[:, None, :]).sum(-1)
     kept_share = torch.where(total > 0, kept_size / total, 1.0)
     source_share = torch.where(source_size > 0, source_size / total.gather(1, target), 0.0)
     joining = take_rows(x, source) * source_share.to(x.dtype)[..., None]
     merged = take_rows(x, kept) * kept_share.to(x.dtype)[..., None]
-    return torch.baddbmm(merged, joins.to(x.dtype), joining), total
+    return torch.baddbmm(merged, joins.to(x.dtype), joining), new_size
+
+
+def merge_to_norm(x: Tensor, kept: Tensor, source: Tensor, target: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As merge_tokens, with each row that something joins brought to the length of the longest of its tokens."""
+    merged, new_size = merge_tokens(x, kept, source, target, size)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length, now = (torch.linalg.vector_norm(rows.to(wide), dim=-1) for rows in (x, merged))
+    if size is not None:
+        length = length.masked_fill(size == 0, 0.0)
+    joins = target[:, None, :] == torch.arange(kept.shape[1], device=x.device)[:, None]
+    longest = torch.maximum(length.gather(1, kept), (joins * length.gather(1, source)[:, None, :]).amax(-1))
+    scale = torch.where((joins.sum(-1) > 0) & (longest > 0) & (now > 0), longest / now, 1.0)
+    return merged * scale.to(x.dtype)[..., None], new_size
+
+
+def keep_tokens(x: Tensor, kept: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The rows at the places kept: i64[B,K], and their sizes."""
+    if size is None:
+        size = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return take_rows(x, kept), size.expand(x.shape[0], -1).gather(1, kept)
 
 
 def source_map(kept: Tensor, source: Tensor, target: Tensor, previous: Tensor | None = None) -> Tensor:
@@ -120,14 +160,22 @@ def is_reduction(node: Node) -> bool:
     return op is not None and op.axes == "merge_tokens"
 
 
+def matched(reduction: Node) -> Node:
+    """What the match looked at by which rows are made fewer: [B,T,D] or [B,T]."""
+    kept: Any = reduction.args[1]
+    return kept.args[0].args[0]  # type: ignore[no-any-return]
+
+
 SCHEMAS = {
     "match_tokens": "(Tensor metric, Tensor? size, SymInt count, int protected) -> (Tensor, Tensor, Tensor)",
-    "merge_tokens": "(Tensor x, Tensor kept, Tensor source, Tensor target, Tensor? size=None) -> (Tensor, Tensor)",
+    "merge_tokens": "(Tensor x, Tensor kept, Tensor source, Tensor target, Tensor? size=None, Tensor? weight=None) -> (Tensor, Tensor)",
+    "merge_to_norm": "(Tensor x, Tensor kept, Tensor source, Tensor target, Tensor? size=None) -> (Tensor, Tensor)",
+    "keep_tokens": "(Tensor x, Tensor kept, Tensor? size=None) -> (Tensor, Tensor)",
     "source_map": "(Tensor kept, Tensor source, Tensor target, Tensor? previous=None) -> Tensor",
     "log_size": "(Tensor size) -> Tensor",
     "weigh_tokens": "(Tensor x, Tensor size, int token_dim, int[] batch_dims, bool normalize) -> Tensor",
 }
-for _function in (match_tokens, merge_tokens, source_map, log_size, weigh_tokens):
+for _function in (match_tokens, merge_tokens, merge_to_norm, keep_tokens, source_map, log_size, weigh_tokens):
     LIBRARY.define(_function.__name__ + SCHEMAS[_function.__name__])
     LIBRARY.impl(_function.__name__, _function, "CompositeImplicitAutograd")
 
@@ -145,6 +193,11 @@ def merge_flops(node: Node) -> Any:
     return (1 + 2 * operands(node)[2].shape[1]) * output(node).numel
 
 
+def norm_flops(node: Node) -> Any:
+    """A merge, two operations for each element of both lengths, and one to scale it."""
+    return merge_flops(node) + 2 * operands(node)[0].numel + 3 * output(node).numel
+
+
 SPELLED_OUT = Missing("exported by its definition: lookups and products")
 SOURCE = "arXiv:2210.09461"
 define(Op(
@@ -154,6 +207,14 @@ define(Op(
 define(Op(
     name="merge_tokens", targets=(torch.ops.paretorch.merge_tokens.default,), kind="gather", flops=merge_flops,
     bytes=inputs_and_output, axes="merge_tokens", onnx=SPELLED_OUT, source=SOURCE, definition=merge_tokens,
+))  # fmt: skip
+define(Op(
+    name="merge_to_norm", targets=(torch.ops.paretorch.merge_to_norm.default,), kind="gather", flops=norm_flops,
+    bytes=inputs_and_output, axes="merge_tokens", onnx=SPELLED_OUT, source="arXiv:2312.01026",
+))  # fmt: skip
+define(Op(
+    name="keep_tokens", targets=(torch.ops.paretorch.keep_tokens.default,), kind="gather", flops=zero,
+    bytes=output_twice, axes="merge_tokens", onnx=SPELLED_OUT,
 ))  # fmt: skip
 define(Op(
     name="source_map", targets=(torch.ops.paretorch.source_map.default,), kind="gather", flops=zero,

@@ -26,6 +26,7 @@ from paretorch.ir.builder import Builder
 from paretorch.ir.errors import PlanError, ShapeError
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import aten, is_op, op_of
+from paretorch.ir.ops.token_choice import TOKEN_OPS
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.rule import Knob, Lossy, Refusal, Rule, Site
 
@@ -33,7 +34,7 @@ NAME = "bf16"
 MODEL = "model"
 SPAN = ".."  # between the first and the last node of a region that is no block
 PRODUCTS = ("matrix", "convolution", "attention")
-AS_THEY_ARE = ("match_tokens", "merge_tokens", "source_map", "log_size", "weigh_tokens", "getitem", "to")  # ops that keep f32 beside bf16
+AS_THEY_ARE = (*TOKEN_OPS, "getitem", "to")  # ops that keep f32 beside bf16
 KEPT = ("key_bias", "size")  # operands that stay f32
 LOWEST = float(torch.finfo(torch.bfloat16).min)
 

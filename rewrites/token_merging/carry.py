@@ -7,7 +7,8 @@ means over tokens weigh them; later steps count them in.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -16,7 +17,7 @@ from paretorch.ir.analyze import Atom, AxisFacts, rederive_lengths
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, arguments, shape_of, tensor_type
 from paretorch.ir.ops import aten, is_op
-from paretorch.ir.ops.tokens import is_match, is_reduction
+from paretorch.ir.ops.tokens import is_match, is_reduction, matched
 from paretorch.ir.types import DTYPES
 from paretorch.rewrites.sparse_attention.key_bias import per_key
 from paretorch.rewrites.token_merging.companions import merge_companions
@@ -49,6 +50,14 @@ def merging(b: Builder, match: Node, size: Node | None) -> Reducer:
     return Reducer(indices, rows, lambda at, weights: at.item(rows(at, weights), 0))
 
 
+def dropping(b: Builder, match: Node, size: Node | None) -> Reducer:
+    """The reducer that drops the tokens that a match says go."""
+    indices = (b.item(match, 0), b.item(match, 1), b.item(match, 2))
+    return Reducer(
+        indices, lambda at, x: at.keep_tokens(x, indices[0], size), lambda at, weights: at.item(at.keep_tokens(weights, indices[0]), 0)
+    )
+
+
 def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Callable[[Builder, Node | None], Reducer]) -> Graph:
     """The graph, edited in place, with fewer tokens from the place on. emit: (builder, sizes of the tokens or None) -> what is done to them.
 
@@ -56,7 +65,8 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     """
     value = place.value
     b = Builder(graph, value.next, origin=value.meta.get("origin"), rule=rule, site=place.mixer.name)
-    reducer = emit(b, sizes_before(b, place.mixer))
+    sizes = sizes_before(b, place.mixer)
+    reducer = emit(b, sizes)
     reduced = reducer.rows(b, rows_of(b, value, place.layout))
     rows = b.item(reduced, 0)
     fewer = restored(b, rows, value, place.layout)
@@ -65,9 +75,15 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
         if node.op != "output":  # a hidden state that the model returns stays as it was
             node.replace_input_with(value, fewer)
     merge_companions(graph, axes, place, b, reducer.weights)
-    Carrier(graph, axes, place, b, size).carry()
+    if not _is_silent(reduced):
+        Carrier(graph, axes, place, b, size).carry()
     rederive_lengths(graph, axes, {fewer.name: (place.axis.atom, shape_of(rows)[1])})
     return graph.clean()
+
+
+def _is_silent(reduction: Node) -> bool:
+    """Whether all sizes are one behind a reduction, so that nobody needs them."""
+    return is_op(reduction, "keep_tokens") and arguments(reduction)["size"] is None
 
 
 def sizes_before(b: Builder, mixer: Node) -> Node | None:
@@ -100,14 +116,19 @@ class Carrier:
         self.graph, self.axes, self.place, self.b = graph, axes, place, b
         self.sizes: dict[Atom, Node] = {place.axis.atom: size}
         self.biases: dict[Atom, Node] = {}
+        self.told: set[Atom] = set()  # the axes behind later steps that have just learned of sizes
 
     def carry(self) -> None:
         """Edit every node downstream that must know sizes."""
         for node in self.place.downstream:
             if is_op(node, "attention"):
                 self._attention(node)
-            elif is_match(node) or is_reduction(node):
-                self._step(node)
+            elif is_match(node):
+                self._step(node, node.args[0], 1)
+            elif is_reduction(node):
+                self._step(node, matched(node), 1)
+            elif is_op(node, "class_weights"):
+                self._step(node, node.args[1], -2)
             elif is_op(node, "mean", "sum"):
                 self._pool(node)
 
@@ -138,14 +159,27 @@ class Carrier:
         node.args = (given["query"], given["key"], given["value"])
         node.kwargs = {"key_bias": self.biases[atom], **options}
 
-    def _step(self, node: Node) -> None:
-        """A later match or reduction counts the sizes in."""
-        found = self._of(node.args[0], 1)  # type: ignore[arg-type]
-        if found is not None:
-            place = [argument.name for argument in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
-            args = [*node.args, *[None] * (place + 1 - len(node.args))]
-            args[place] = found[1]
-            node.args = tuple(args)
+    def _step(self, node: Node, tokens: Any, dim: int) -> None:
+        """A later step counts the sizes in. tokens, dim: what of the node's inputs tells its tokens, and in which dimension."""
+        found = self._of(tokens, dim)
+        if found is None:
+            return
+        was_silent = _is_silent(node)
+        place = [argument.name for argument in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
+        args = [*node.args, *[None] * (place + 1 - len(node.args))]
+        args[place] = found[1]
+        node.args = tuple(args)
+        if was_silent:
+            self._tell_behind(node)
+
+    def _tell_behind(self, node: Node) -> None:
+        """What is behind a step that dropped tokens while all sizes were one learns of them now."""
+        ((atom,),) = self.axes.maps[node.args[1].name][1:]  # type: ignore[union-attr]
+        if atom not in self.told:
+            self.told.add(atom)
+            b = Builder(self.graph, node.next, origin=self.b.origin, rule=self.b.rule, site=self.b.site)
+            place = replace(self.place, axis=replace(self.place.axis, atom=atom))
+            Carrier(self.graph, self.axes, place, b, b.item(node, 1)).carry()
 
     def _pool(self, node: Node) -> None:
         found = pooled(self.graph, self.axes, self.place.axis.atom, node, self.place.batch)

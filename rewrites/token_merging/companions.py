@@ -14,21 +14,21 @@ from paretorch.ir.analyze import AxisFacts
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, shape_of, tensor_type
 from paretorch.ir.ops import aten, is_op
+from paretorch.ir.ops.tokens import is_reduction
 from paretorch.ir.types import DTYPES
 from paretorch.rewrites.token_merging.place import Layout, Place, layout_of
 from paretorch.rewrites.token_merging.rows import restored, rows_of
 
 
 def merge_companions(graph: Graph, axes: AxisFacts, place: Place, b: Builder, merge: Callable[[Builder, Node], Node]) -> None:
-    """Let products downstream read merged weights. merge: (builder, rows [B,T,1]) -> rows [B,T',1].
+    """Let products downstream, and steps that were put there before, read merged weights. merge: (builder, rows [B,T,1]) -> rows [B,T',1].
 
     What is not a weight per token stays as it is; its length then forbids the merge.
     """
     inside = {place.value, *place.downstream}
     for node in place.downstream:
-        if not is_op(node, "mul"):
-            continue
-        for weight in node.all_input_nodes:
+        read = node.all_input_nodes if is_op(node, "mul") else [node.args[0]] if is_reduction(node) else []
+        for weight in read:
             tokens = axes.dim(weight.name, place.axis.atom)
             chain = _chain(axes, place, weight) if weight not in inside and tokens is not None else None
             if chain:

@@ -32,7 +32,8 @@ class Layout:
 @dataclass(frozen=True)
 class Place:
     """mixer: the self-attention; value: the stream's value after its block; protected: leading tokens that must stay;
-    downstream: all that is computed from value, in order; largest: the most tokens that may be merged; batch: the batch's atoms."""
+    downstream: all that is computed from value, in order; largest: the most tokens that may be merged; batch: the batch's atoms;
+    read: the places of those of the leading tokens that the model reads one by one, such as a class token."""
 
     mixer: Node
     value: Node
@@ -42,6 +43,7 @@ class Place:
     protected: int
     downstream: tuple[Node, ...]
     largest: int
+    read: tuple[int, ...] = ()
 
 
 def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place | str:
@@ -71,9 +73,11 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     refusal = _forbidden(graph, facts, axis, mixer, downstream, batch)
     if refusal:
         return refusal
-    protected = max((_selected(nodes[use.node]) for use in _uses(axis, downstream) if use.kind == "selects"), default=0)
+    selections = [nodes[use.node] for use in _uses(axis, downstream) if use.kind == "selects"]
+    protected = max((_selected(graph, facts.axes, atom, node) for node in selections), default=0)
+    read = sorted({place for node in selections for place in _read(graph, facts.axes, atom, node)})
     largest = min([(atom.size - protected) // 2, *(_slack(node) for node in downstream if is_match(node))])
-    return Place(mixer, value, axis, layout, batch, protected, downstream, largest)
+    return Place(mixer, value, axis, layout, batch, protected, downstream, largest, tuple(read))
 
 
 def named(node: Node) -> str:
@@ -160,17 +164,47 @@ def _takes(reduction: Node, value: Node) -> bool:
     return x is value
 
 
-def _selected(node: Node) -> int:
-    """How many leading tokens a selection by place needs to keep theirs. Raises ValueError if it needs later ones."""
-    given = arguments(node)
+def _selected(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int:
+    """How many leading tokens a selection by place needs to keep theirs; -1 if it needs later ones."""
+    given, start = arguments(node), _start(graph, axes, whole, node)
+    count = -1
     if is_op(node, "select"):
-        return int(given["index"]) + 1 if given["index"] >= 0 else -1
-    if is_op(node, "slice"):
-        start, end = given.get("start") or 0, given.get("end")
-        return int(start) if start > 0 else int(end) if isinstance(end, int) else -1
-    if is_op(node, "split") and isinstance(given.get("split_sizes"), (list, tuple)):
-        return sum(given["split_sizes"][:-1])
-    return -1
+        count = int(given["index"]) + 1 if given["index"] >= 0 else -1
+    elif is_op(node, "slice"):
+        first, end = given.get("start") or 0, given.get("end")
+        count = int(first) if first > 0 else int(end) if isinstance(end, int) else -1
+    elif is_op(node, "split") and isinstance(given.get("split_sizes"), (list, tuple)):
+        count = sum(given["split_sizes"][:-1])
+    return start + count if start is not None and count >= 0 else -1
+
+
+def _read(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> range:
+    """The places of the tokens that a selection takes, if these are some leading ones and not all behind a place."""
+    start, until = _start(graph, axes, whole, node), _selected(graph, axes, whole, node)
+    if start is None or until < 0 or (is_op(node, "slice") and (arguments(node).get("start") or 0) > 0):
+        return range(0)
+    return range(until - 1 if is_op(node, "select") else start, until)
+
+
+def _start(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int | None:
+    """The place among the tokens of the whole axis of the first that a selection could take; None if that cannot be told.
+
+    Slices shift places; steps that make tokens fewer leave the leading ones where they are.
+    """
+    x, start = arguments(node)["self"], 0
+    found = axes.maps.get(x.name, ())
+    atoms = found[arguments(node)["dim"] % len(found)] if found else ()
+    while atoms != (whole,):
+        born = graph.node(atoms[0].born) if len(atoms) == 1 else None
+        if born is not None and is_match(born):
+            atoms = axes.maps[born.args[0].name][1]  # type: ignore[union-attr]
+        elif born is not None and is_op(born, "slice") and (arguments(born)["start"] or 0) >= 0:
+            given = arguments(born)
+            start, source = start + (given["start"] or 0), axes.maps.get(given["self"].name, ())
+            atoms = source[given["dim"] % len(source)] if source else ()
+        else:
+            return None
+    return start
 
 
 def _slack(node: Node) -> int:
@@ -223,7 +257,7 @@ def _refused_use(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node, no
     if use.kind == "pools":
         return use.reason or _refused_pool(graph, axes, axis, node, batch)
     if use.kind == "selects":
-        plain = not use.reason and _selected(node) >= 0
+        plain = not use.reason and _selected(graph, axes, axis.atom, node) >= 0
         return (
             None if plain else use.reason or f"{named(node)} selects tokens by a place that merging moves: only leading tokens keep theirs"
         )

@@ -21,6 +21,8 @@ from paretorch.rewrites.rule import Knob, Refusal, Site
 from paretorch.rewrites.token_merging.carry import Reducer, reduce_at
 from paretorch.rewrites.token_merging.place import Place, find_place
 
+SHARES: tuple[float, ...] = (0.0, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48)  # of the tokens that might go, for any length
+
 
 @dataclass(frozen=True)
 class Step:
@@ -62,6 +64,11 @@ class Technique:
     def values(self) -> tuple[Knob, ...]:
         """All values of the knob, the identity first."""
         return (self.identity, *(value for form in self.forms for value in form[1:]))
+
+
+def count_of_share(share: Knob, tokens: int) -> int:
+    """How many of so many tokens a share is."""
+    return int(float(share or 0) * tokens + 1e-9)
 
 
 def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
