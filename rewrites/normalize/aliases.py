@@ -32,7 +32,7 @@ def aliases(graph: Graph) -> Graph:
         spell = SPELLED.get(node.target)
         if spell is not None:
             made = spell(Builder(graph, node, origin=origin_of(node)), arguments(node))
-            if tensor_type(made) == tensor_type(node):
+            if made is not None and tensor_type(made) == tensor_type(node):
                 graph.replace(node, made)
     return graph.clean()
 
@@ -50,8 +50,14 @@ def _addcmul(b: Builder, a: dict[str, Any]) -> Node:
     return b.add(a["self"], product if a["value"] == 1 else b.mul(product, a["value"]))
 
 
-SPELLED: dict[Any, Callable[[Builder, dict[str, Any]], Node]] = {
+def _mean_of_row(b: Builder, a: dict[str, Any]) -> Node | None:
+    """Adaptive pooling of a sequence to one place. Of images it stays: runtimes have a kernel for it that keeps the layout of convolutions."""
+    return b.call(aten("mean.dim"), (a["self"], [-1], True)) if list(a["output_size"]) == [1] else None
+
+
+SPELLED: dict[Any, Callable[[Builder, dict[str, Any]], Node | None]] = {
     aten("square.default"): _square,
     aten("relu6.default"): _relu6,
     aten("addcmul.default"): _addcmul,
+    aten("adaptive_avg_pool1d.default"): _mean_of_row,
 }

@@ -1,4 +1,5 @@
-"""Remove what does nothing: copies, aliases, casts to the same dtype, expansions to the same shape, dropout in eval, additions of zero, assertions.
+"""Remove what does nothing: copies, aliases, casts to the same dtype, expansions to the same shape, dropout in eval, additions of zero,
+concatenations with nothing (a cache that is empty yet), assertions.
 
 A copy of an input or a constant that the model returns stays: the caller may write into what it was given.
 """
@@ -27,6 +28,8 @@ def clean(graph: Graph) -> Graph:
             node.target = aten("reshape.default")  # a view of what was a copy need not be a view any more
         elif is_op(node, "to"):
             node = _plain_cast(graph, node)
+        elif is_op(node, "cat"):
+            _drop_empty(node)
         source = _same_as(node)
         if source is not None:
             graph.replace(node, source, but=_returns(node, source))
@@ -42,7 +45,7 @@ def name_of(node: Node) -> str:
 
 def _returns(node: Node, source: Node) -> list[Node]:
     """The output node, if it must not return `source` itself."""
-    is_copy = is_op(node, "clone") and source.op in ("placeholder", "get_attr")
+    is_copy = is_op(node, "clone", "cat") and source.op in ("placeholder", "get_attr")
     return [user for user in node.users if user.op == "output"] if is_copy else []
 
 
@@ -59,11 +62,13 @@ def _plain_cast(graph: Graph, node: Node) -> Node:
 def _same_as(node: Node) -> Node | None:
     """The operand whose value this node returns; None if it computes something."""
     source = node.args[0] if node.args else None
+    if is_op(node, "cat") and len(source) == 1:  # type: ignore[arg-type]
+        source = source[0]  # type: ignore[index]
     if not isinstance(source, Node) or not isinstance(source.meta.get("val"), torch.Tensor):
         return None
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return None
-    if is_op(node, "alias", "clone"):
+    if is_op(node, "alias", "clone", "cat"):
         return source
     if is_op(node, "to", "expand", "view", "repeat", "slice", "permute"):
         return source if _keeps(node, source) else _before_widening(node, source)
@@ -72,6 +77,14 @@ def _same_as(node: Node) -> Node | None:
     if is_op(node, "mul", "div") and _number(node, 1) == 1 and _same_type(node, source):
         return source
     return source if name_of(node) in DROPOUTS and not arguments(node)["train"] else None
+
+
+def _drop_empty(node: Node) -> None:
+    """Leave out of a concatenation the parts that hold nothing, if others are left and of the type that comes out."""
+    parts: Any = node.args[0]
+    full = [part for part in parts if tensor_type(part).numel != 0]
+    if full and all(tensor_type(part).dtype == tensor_type(node).dtype for part in full):
+        node.args = (full, *node.args[1:])
 
 
 def _before_widening(node: Node, source: Node) -> Node | None:
