@@ -219,7 +219,6 @@ IMAGE_ROWS: dict[str, Row] = {
         },
         pixels(32),
     ),
-    "mobilenet-v2": ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.25, "image_size": 32}, pixels(32)),
     "swiftformer": ("SwiftFormerForImageClassification", {"depths": [1, 1], "embed_dims": [8, 16], "downsamples": [True, True]}, pixels(32)),
     "videomae": (
         "VideoMAEForVideoClassification", {**IMAGES, "image_size": 12, "num_frames": 8, "tubelet_size": 2}, pixels(12, 8),

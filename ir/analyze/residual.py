@@ -19,6 +19,7 @@ from paretorch.ir.ops import is_op, op_of
 from paretorch.ir.types import Type, from_fake
 
 _TAIL_LIMIT = 16  # nodes of a norm that is spelled out
+_LAYER_LIMIT = 4  # blocks of a layer that stands alone
 _SEARCH_LIMIT = 4096  # nodes of one block; keeps the whole analysis linear where a sum joins values that are far apart
 _TAIL_KINDS = ("elementwise", "row", "reduce", "view", "scalar")
 
@@ -294,7 +295,10 @@ def _spans_places(node: Node) -> bool:
 
 
 def group_layers(blocks: tuple[Block, ...]) -> tuple[tuple[str, ...], ...]:
-    """The longest run of blocks whose kinds and layouts repeat, cut into its periods (the shortest period of those that cover as much)."""
+    """The longest run of blocks whose kinds and layouts repeat, cut into its periods (the shortest period of those that cover as much).
+
+    Where nothing repeats, all blocks are one layer if there are no more of them than a layer has (a conformer's: four).
+    """
     marks = [(block.kind, block.layout) for block in blocks]
     best_start, best_period, best_length = 0, max(len(marks), 1), len(marks) if len(marks) <= 3 else 0
     for period in range(1, min(len(marks) // 2, 16) + 1):
@@ -307,5 +311,7 @@ def group_layers(blocks: tuple[Block, ...]) -> tuple[tuple[str, ...], ...]:
             if whole > best_length or (whole == best_length and period < best_period):
                 best_start, best_period, best_length = start, period, whole
             start, length = place - period + 1, 0
+    if best_length == 0 and len(marks) <= _LAYER_LIMIT:
+        best_period = best_length = max(len(marks), 1)
     names = [block.name for block in blocks[best_start : best_start + best_length]]
     return tuple(tuple(names[place : place + best_period]) for place in range(0, len(names), best_period))
