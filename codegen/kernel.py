@@ -9,29 +9,40 @@ import subprocess
 import sys
 from base64 import b64decode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
 from types import ModuleType
+from typing import Any
 
 from torch.fx import Node
 
 from paretorch.ir.errors import LoweringError, TargetError
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+Schedule = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes that become one kernel. template: its name; reads: values from outside; writes: values that someone outside uses; all in graph order."""
+    """Nodes that become one kernel.
+
+    template: a name of TEMPLATES; nodes: what is computed, and the views between; reads: values from outside; writes: values that someone outside
+    uses; all in graph order. shape: what the kernel runs over: elements of it, or its rows.
+    """
 
     template: str
     nodes: tuple[Node, ...]
     reads: tuple[Node, ...]
     writes: tuple[Node, ...]
+    shape: tuple[Any, ...]
+
+    @property
+    def is_rows(self) -> bool:
+        return self.template != "elementwise"
 
     def __str__(self) -> str:
         return f"{self.template}({', '.join(node.name for node in self.nodes)})"
@@ -39,13 +50,12 @@ class Region:
 
 @dataclass(frozen=True)
 class KernelTemplate:
-    """text: the kernel with ${slots} for names and expressions, never control flow. legal: None, or why it cannot take a region.
-    schedules: (width of a row, or None) -> launch options, the first is the default."""
+    """text: the kernel with ${slots} for names, expressions and their lines, never control flow.
+    schedules: (width of a row, or None; values that a thread holds at once) -> launch options, the first is the default."""
 
     name: str
     text: str
-    legal: Callable[[Region], str | None]
-    schedules: Callable[[int | None], tuple[dict[str, int], ...]]
+    schedules: Callable[[int | None, int], tuple[Schedule, ...]]
 
     def fill(self, **slots: str) -> str:
         """The text with its slots filled; lines that are left empty by a slot are dropped."""
@@ -66,14 +76,21 @@ class Binary:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A generated kernel. source: the whole file; region: its nodes as text; parameters: (name, Triton type) of each argument that is not constexpr."""
+    """A generated kernel.
+
+    source: the whole file; region: its nodes as text; parameters: (name, Triton type) of each argument that is not constexpr; constants: those that
+    are, beside the schedule; predicted_s: of one launch, None if it was not priced; uses: how many regions of the graph it serves.
+    """
 
     name: str
     source: str
     region: str
     template: str
-    schedule: dict[str, int]
+    schedule: Schedule
     parameters: tuple[tuple[str, str], ...]
+    constants: Schedule = field(default_factory=dict)
+    predicted_s: float | None = None
+    uses: int = 1
 
     @cached_property
     def module(self) -> ModuleType:
@@ -117,7 +134,12 @@ def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str] = ARCHITECTU
         for kernel in kernels:
             path = Path(folder) / f"{kernel.name}.py"
             path.write_text(kernel.source)
-            job = {"path": str(path), "kernel": kernel.name, "parameters": kernel.parameters, "schedule": kernel.schedule}
+            job = {
+                "path": str(path),
+                "kernel": kernel.name,
+                "parameters": kernel.parameters,
+                "schedule": kernel.constants | kernel.schedule,
+            }
             jobs += [{**job, "arch": arch} for arch in archs]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         script = Path(__file__).with_name("cross_compile.py")

@@ -1,10 +1,11 @@
-"""Candidate regions: sets of nodes that one kernel can compute. The compiler's planner chooses among them by price.
+"""Regions: sets of nodes that one kernel can compute. The compiler's planner chooses among them by price.
 
+region_of(nodes)            -> the region of these nodes, with the views between them
 covers(region)              -> the template that takes it, or the reason why none does
-candidate_regions(graph)    -> maximal regions around each norm, each norm alone, and maximal chains of elementwise ops; they may overlap
+can_compute(node)           -> whether a kernel may hold this node
 resources(kernel, arch)     -> registers, spills and shared bytes of the compiled kernel
 
-A region is convex: nothing outside of it lies on a path between two of its nodes, so it can run as one call.
+A view between two nodes of a region is followed by coordinates and never made; where someone outside uses it too, it is a view of what is written.
 """
 
 from __future__ import annotations
@@ -14,33 +15,159 @@ from graphlib import CycleError, TopologicalSorter
 
 from torch.fx import Node
 
-from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible
-from paretorch.codegen.kernel import Binary, Kernel, KernelTemplate, Region
+from paretorch.codegen.coordinates import source_of
+from paretorch.codegen.emission import Emitter, emitter_for
+from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible, row_text, unique_names
+from paretorch.codegen.kernel import Binary, Kernel, KernelTemplate, Region, Schedule
 from paretorch.codegen.templates import TEMPLATES
-from paretorch.ir.graph import Graph, shape_of
+from paretorch.codegen.templates.row import LONGEST_ROW
+from paretorch.ir.errors import LoweringError
+from paretorch.ir.graph import Graph, arguments, shape_of
 from paretorch.ir.ops import is_op
 
 MOST_READS = 16  # operands of one kernel
+MOST_NODES = 96
+MOST_REGISTERS = 160  # of the 255 that a thread has: addresses and masks need some
+
+
+def can_compute(node: Node) -> bool:
+    """Whether a kernel may compute this node: it has Triton text and is no mere view."""
+    return node.op == "call_function" and not_expressible(node) is None and source_of(node) is None
+
+
+def region_of(members: Iterable[Node]) -> Region:
+    """The region that computes these nodes, given in graph order."""
+    chosen = list(members)
+    inside = dict.fromkeys(chosen)
+    for node in chosen:
+        for operand in node.all_input_nodes:
+            inside |= dict.fromkeys(_views_to(operand, inside))
+    inside |= dict.fromkeys(_views_of_one(chosen, inside))
+    nodes = tuple(sorted(inside))
+    reads = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside and is_tensor(operand))
+    writes = tuple(node for node in chosen if _is_used_outside(node, inside))
+    return Region(_template(chosen), nodes, tuple(reads), writes, _space(chosen, writes))
+
+
+def is_tensor(node: Node) -> bool:
+    return dtype_of(node) != ""
 
 
 def covers(region: Region) -> KernelTemplate | str:
     """The template that takes this region, or a sentence."""
-    norms = [node for node in region.nodes if is_op(node, "layer_norm", "rms_norm")]
-    if len(norms) > 1:
-        return f"{norms[1].name} is a second norm; a kernel takes one"
+    try:
+        emitted(region)
+    except LoweringError as error:
+        return str(error)
+    return TEMPLATES[region.template]
+
+
+def emitted(region: Region) -> Emitter:
+    """The lines that compute what the region writes. Raises LoweringError with the reason if no template takes it."""
+    reason = _refusal(region)
+    if reason is not None:
+        raise LoweringError(reason)
+    names = unique_names([*region.reads, *region.nodes])
+    emitter = emitter_for(region.nodes, region.reads, names, region.shape, is_rows=region.is_rows)
+    for node in region.writes:
+        emitter.write(node)
+    if region.template == "long_row" and emitter.conditions:
+        raise LoweringError("it joins parts in rows of several blocks; the template takes them as they are")
+    options = default_schedule(region, emitter)
+    registers = emitter.held(region.writes) * options["BLOCK"] // (32 * options["num_warps"])
+    if registers > MOST_REGISTERS:
+        raise LoweringError(f"a thread would hold {registers} values at once; it has registers for {MOST_REGISTERS}")
+    return emitter
+
+
+def default_schedule(region: Region, emitter: Emitter) -> Schedule:
+    """The template's first choice for this region."""
+    width = region.shape[-1] if region.is_rows else None
+    return TEMPLATES[region.template].schedules(width, emitter.held(region.writes))[0]
+
+
+def _refusal(region: Region) -> str | None:
     for node in region.nodes:
-        reason = None if node in norms else not_expressible(node)
-        if reason is not None:
+        reason = not_expressible(node)
+        if reason is not None and is_tensor(node):
             return reason
     odd = next((node for node in region.reads if dtype_of(node) not in TRITON_TYPES), None)
     if odd is not None:
         return f"{odd.name} is {odd.meta.get('val')}; the templates read tensors of real numbers"
     if not region.reads or len(region.reads) > MOST_READS:
         return f"it reads {len(region.reads)} values; the templates take 1 to {MOST_READS}"
+    if len(region.nodes) > MOST_NODES:
+        return f"it has {len(region.nodes)} nodes; the templates take {MOST_NODES}"
     if not region.writes:
         return "nobody uses its values"
-    template = TEMPLATES[region.template]
-    return template.legal(region) or template
+    return _unlike(region)
+
+
+def _unlike(region: Region) -> str | None:
+    """Why its values do not go with one space, if so."""
+    per_row = {region.shape[:-1], (*region.shape[:-1], 1)} if region.is_rows else set()
+    shapes = dict.fromkeys(shape_of(node) for node in region.writes)
+    if any(shape != region.shape and shape not in per_row for shape in shapes):
+        return f"its values have several shapes: {', '.join(str(list(shape)) for shape in dict.fromkeys([*shapes, region.shape]))}"
+    return None
+
+
+def _template(nodes: Sequence[Node]) -> str:
+    rows = [node for node in nodes if row_text(node) is not None]
+    if not rows:
+        return "elementwise"
+    width = _row_shape(rows[0])[-1]
+    return "long_row" if isinstance(width, int) and width > LONGEST_ROW else "row"
+
+
+def _row_shape(node: Node) -> tuple[object, ...]:
+    """The shape of what an op over rows takes."""
+    text = row_text(node)
+    assert text is not None  # asked by the callers
+    return shape_of(arguments(node)[text.row])
+
+
+def _space(nodes: Sequence[Node], writes: Sequence[Node]) -> tuple[object, ...]:
+    rows = [node for node in nodes if row_text(node) is not None]
+    return _row_shape(rows[0]) if rows else shape_of((writes or nodes)[0])
+
+
+def _views_to(operand: Node, inside: Collection[Node]) -> list[Node]:
+    """The views between an operand and the value inside that it looks at; none if that value stands outside."""
+    chain, node = [], operand
+    while node not in inside and (source := source_of(node)) is not None:
+        chain.append(node)
+        if is_op(node, "getitem"):
+            chain.append(node.all_input_nodes[0])
+        node = source
+    return chain if node in inside else []
+
+
+def _views_of_one(chosen: Sequence[Node], inside: Collection[Node]) -> list[Node]:
+    """The views through which several operands look at one value, so that this value alone is read."""
+    reads = dict.fromkeys(operand for node in chosen for operand in node.all_input_nodes if operand not in inside and is_tensor(operand))
+    roots: dict[Node, list[Node]] = {}
+    for read in reads:
+        roots.setdefault(_root(read), []).append(read)
+    return [view for root, looking in roots.items() if len(looking) > 1 for read in looking for view in _views_to(read, {root})]
+
+
+def _root(node: Node) -> Node:
+    """The value that a view of views looks at."""
+    while (source := source_of(node)) is not None:
+        node = source
+    return node
+
+
+def _is_used_outside(node: Node, inside: Collection[Node]) -> bool:
+    """Whether someone outside uses the value, itself or through a view that is followed inside."""
+    for user in node.users:
+        if user not in inside:
+            return True
+        is_view = source_of(user) is not None or not is_tensor(user)
+        if is_view and _is_used_outside(user, inside):
+            return True
+    return False
 
 
 def resources(kernel: Kernel, arch: str) -> Binary:
@@ -48,98 +175,18 @@ def resources(kernel: Kernel, arch: str) -> Binary:
     return kernel.compile(arch)
 
 
-def region_of(template: str, nodes: Sequence[Node]) -> Region:
-    """The region of these nodes, given in graph order."""
-    reads = dict.fromkeys(argument for node in nodes for argument in node.all_input_nodes if argument not in nodes)
-    writes = [node for node in nodes if any(user not in nodes for user in node.users)]
-    return Region(template, tuple(nodes), tuple(reads), tuple(writes))
-
-
-def candidate_regions(graph: Graph, without: Collection[Node] = ()) -> list[Region]:
-    """Covered regions in graph order, the larger first where two start together; `without`: nodes that are spoken for."""
-    reach = _Reach(graph)
-    free = [node for node in graph.calls if node not in set(without)]
-    plain = {node for node in free if not_expressible(node) is None}
-    found: list[Region] = []
-    for norm in (node for node in free if is_op(node, "layer_norm", "rms_norm")):
-        grown = _around(norm, plain, reach)
-        template = next(name for name in ("layer_norm", "rms_norm") if is_op(norm, name))
-        found += [region_of(template, reach.ordered(nodes)) for nodes in ([grown] if len(grown) == 1 else [grown, {norm}])]
-    found += [region_of("elementwise", reach.ordered(nodes)) for nodes in _chains(free, plain, reach)]
-    legal = [region for region in found if isinstance(covers(region), KernelTemplate)]
-    return sorted(legal, key=lambda region: (reach.place[region.nodes[0]], -len(region.nodes)))
-
-
 def is_schedulable(graph: Graph, regions: Sequence[Region]) -> bool:
-    """Whether these regions can run one after another: convex ones may still need values of each other, each of one part of the other."""
-    home = {node: -1 - number for number, region in enumerate(regions) for node in region.nodes}
+    """Whether these regions can run one after another: each may need values of the others, but not they of it in turn."""
+    home = {node: -1 - number for number, region in enumerate(regions) for node in region.writes}
     needs: dict[Node | int, set[Node | int]] = {}
+    for number, region in enumerate(regions):
+        needs[-1 - number] = {home.get(node, node) for node in region.reads}
     for node in graph.nodes:
-        unit = home.get(node, node)
-        needs.setdefault(unit, set()).update(home.get(argument, argument) for argument in node.all_input_nodes)
-    ready = TopologicalSorter({unit: needed - {unit} for unit, needed in needs.items()})
+        if node not in home:
+            needs[node] = {home.get(operand, operand) for operand in node.all_input_nodes}
+    ready = TopologicalSorter(needs)
     try:
         ready.prepare()
     except CycleError:
         return False
     return True
-
-
-class _Reach:
-    """Which nodes depend on which, as bit sets over places in the graph."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.place = {node: number for number, node in enumerate(graph.nodes)}
-        self.before: dict[Node, int] = {}
-        for node in graph.nodes:
-            bits = 0
-            for argument in node.all_input_nodes:
-                bits |= self.before[argument] | 1 << self.place[argument]
-            self.before[node] = bits
-
-    def is_convex(self, nodes: Collection[Node]) -> bool:
-        """No value that the nodes read from outside depends on one of them."""
-        mine = sum(1 << self.place[node] for node in nodes)
-        return not any(self.before[argument] & mine for node in nodes for argument in node.all_input_nodes if argument not in nodes)
-
-    def ordered(self, nodes: Iterable[Node]) -> list[Node]:
-        return sorted(nodes, key=self.place.__getitem__)
-
-
-def _around(norm: Node, plain: Collection[Node], reach: _Reach) -> set[Node]:
-    """The norm, the chain that alone uses it, what is added up right before it, and all that is computed for these alone."""
-    shape, nodes = shape_of(norm), {norm}
-
-    def joins(node: Node) -> bool:
-        return node not in nodes and node in plain and shape_of(node) == shape and reach.is_convex({*nodes, node})
-
-    last = norm
-    while len(last.users) == 1 and joins(user := next(iter(last.users))):
-        nodes.add(user)
-        last = user
-    source = norm.args[0]
-    if isinstance(source, Node) and joins(source):
-        nodes.add(source)  # a residual sum is written too, where others use it
-    queue = [argument for node in nodes for argument in node.all_input_nodes]
-    while queue:
-        node = queue.pop()
-        if all(user in nodes for user in node.users) and joins(node):
-            nodes.add(node)
-            queue += node.all_input_nodes
-    return nodes
-
-
-def _chains(free: Iterable[Node], plain: Collection[Node], reach: _Reach) -> list[set[Node]]:
-    """Maximal connected convex sets of elementwise nodes of one shape, two or more nodes each."""
-    of: dict[Node, set[Node]] = {}
-    for node in free:
-        if node not in plain:
-            continue
-        chain = {node}
-        for argument in node.all_input_nodes:
-            if argument in of and shape_of(argument) == shape_of(node) and argument not in chain and reach.is_convex(chain | of[argument]):
-                chain |= of[argument]
-        for member in chain:
-            of[member] = chain
-    unique = {id(chain): chain for chain in of.values()}
-    return [chain for chain in unique.values() if len(chain) > 1]

@@ -1,11 +1,12 @@
-"""The Triton runtime: covered regions run as generated kernels, everything else as torch.
+"""The Triton runtime: planned regions run as generated kernels, everything else as torch.
 
 Needs a CUDA device; what it compiles also runs on the CPU in triton's interpreter, which is how it is tested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from operator import getitem
 from typing import Any
@@ -15,17 +16,29 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from paretorch.codegen.kernel import Kernel, Region
-from paretorch.codegen.regions import candidate_regions, is_schedulable
+from paretorch.codegen.regions import can_compute, covers, is_schedulable, region_of
 from paretorch.codegen.triton_text import render
 from paretorch.ir.errors import LoweringError
-from paretorch.ir.graph import Graph
+from paretorch.ir.graph import Graph, shape_of
 from paretorch.ir.protocols import Executable
+from paretorch.ir.types import size_of
+
+Priced = tuple[Region, tuple[float, str] | None]  # predicted: seconds of one launch, and on what device
+
+
+def each_alone(graph: Graph) -> list[Priced]:
+    """A region for every node that a kernel can compute: what is run where nothing was planned."""
+    regions = [region_of([node]) for node in graph.calls if can_compute(node)]
+    return [(region, None) for region in regions if not isinstance(covers(region), str)]
 
 
 class TritonRuntime:
-    """Generated kernels for the regions that templates cover; vendor products and the rest by torch."""
+    """Generated kernels for the regions of a plan; vendor products and the rest by torch. plan: chooses the regions of a graph."""
 
     name = "triton"
+
+    def __init__(self, plan: Callable[[Graph], list[Priced]] = each_alone) -> None:
+        self.plan = plan
 
     def refuses(self, graph: Graph | None = None) -> str | None:
         if find_spec("triton") is None:
@@ -34,7 +47,7 @@ class TritonRuntime:
 
     def compile(self, graph: Graph, example_inputs: Sequence[Tensor]) -> Executable:
         """Raises LoweringError."""
-        module = with_kernels(graph)[0]
+        module = with_kernels(graph, self.plan(graph))[0]
 
         def execute(*inputs: Tensor) -> tuple[Any, ...]:
             with torch.no_grad():
@@ -43,42 +56,65 @@ class TritonRuntime:
         return execute
 
 
-def chosen_regions(graph: Graph) -> list[Region]:
-    """Regions that share no node and can run one after another: those around norms first, then chains of what is left."""
-    chosen: list[Region] = []
-
-    def take(regions: Sequence[Region]) -> None:
-        for region in regions:
-            taken = {node for other in chosen for node in other.nodes}
-            if taken.isdisjoint(region.nodes) and is_schedulable(graph, [*chosen, region]):
-                chosen.append(region)
-
-    take([region for region in candidate_regions(graph) if region.template != "elementwise"])
-    spoken_for = {node for region in chosen for node in region.nodes}
-    take([region for region in candidate_regions(graph, spoken_for) if region.template == "elementwise"])
-    return chosen
+def kernels_of(priced: Sequence[Priced]) -> tuple[list[Kernel], list[int]]:
+    """(kernels, for each region the place of its kernel): regions that differ in names only share one. Raises LoweringError."""
+    kernels: list[Kernel] = []
+    places: dict[Any, int] = {}
+    serving = []
+    for region, predicted in priced:
+        key = signature(region)
+        if key not in places:
+            places[key] = len(kernels)
+            kernels.append(render(region, len(kernels), predicted=predicted))
+        serving.append(places[key])
+    return [replace(kernel, uses=serving.count(place)) for place, kernel in enumerate(kernels)], serving
 
 
-def with_kernels(graph: Graph, regions: Sequence[Region] | None = None) -> tuple[fx.GraphModule, list[Kernel]]:
-    """The graph as a module in which these regions (the chosen ones if None) are calls of their kernels. Raises LoweringError."""
-    regions = chosen_regions(graph) if regions is None else regions
+def signature(region: Region) -> Any:
+    """Equal for regions that compute the same of other values: ops, attributes, types, layouts and wiring."""
+    number = {node: place for place, node in enumerate((*region.reads, *region.nodes))}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Node):
+            return ("value", number[value]) if value in number else ("size", str(size_of(value.meta["val"])))
+        if isinstance(value, (list, tuple)):
+            return tuple(plain(part) for part in value)
+        return repr(value)
+
+    def type_(node: Node) -> Any:
+        value = node.meta["val"]
+        return (str(value.dtype), shape_of(node), tuple(map(str, value.stride()))) if isinstance(value, Tensor) else ""
+
+    rows = tuple(
+        (str(node.target), plain(node.args), tuple((key, plain(value)) for key, value in sorted(node.kwargs.items())), type_(node))
+        for node in region.nodes
+    )
+    return region.template, tuple(map(type_, region.reads)), rows, tuple(number[node] for node in region.writes)
+
+
+def with_kernels(graph: Graph, priced: Sequence[Priced]) -> tuple[fx.GraphModule, list[Kernel]]:
+    """The graph as a module in which these regions are calls of their kernels. Raises LoweringError."""
+    regions = [region for region, _ in priced]
     if not is_schedulable(graph, regions):
         raise LoweringError(f"these regions need values of each other: {', '.join(map(str, regions))}; leave one out")
-    kernels = [render(region, place) for place, region in enumerate(regions)]
-    home = {node: place for place, region in enumerate(regions) for node in region.nodes}
+    kernels, serving = kernels_of(priced)
+    home = {node: place for place, region in enumerate(regions) for node in region.writes}
     plain, copies = fx.Graph(), dict[Node, Node]()
 
     def needs(node: Node) -> Sequence[Node]:
         return regions[home[node]].reads if node in home else node.all_input_nodes
 
-    for node in graph.nodes:
-        pending = [] if node in home else [node]  # a region is called when its first value is needed
+    for node in [*graph.inputs, graph.output_node]:
+        pending = [node]
         while pending:
             missing = [needed for needed in needs(pending[-1]) if needed not in copies]
             pending += missing[:1]
             if not missing and (current := pending.pop()) not in copies:
                 place = home.get(current)
-                copies |= _copied(plain, current, copies) if place is None else _called(plain, regions[place], kernels[place], copies)
+                if place is None:
+                    copies |= _copied(plain, current, copies)
+                else:
+                    copies |= _called(plain, regions[place], kernels[serving[place]], copies)
     return fx.GraphModule(graph.module(), plain, class_name="ParetorchKernels"), kernels
 
 

@@ -1,207 +1,181 @@
-"""Rendering: a region's template filled in, as a file that can be read, imported, and run alone to benchmark itself.
+"""Rendering: a region's template filled in.
 
-The text depends on the region only, so the same region gives the same bytes.
+The text depends on the region only, so the same region gives the same bytes. Sizes that are known are numbers in the text, symbols are arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from string import Template
 
 import sympy
-from torch.fx import Node
 
-from paretorch.codegen.broadcast import Places, places
-from paretorch.codegen.expressions import TRITON_TYPES, compute_type, dtype_of, load, number, statement, unique_names
-from paretorch.codegen.kernel import Kernel, Region
+from paretorch.codegen.coordinates import plus, product, size_text, times
+from paretorch.codegen.emission import COLUMN, IDENTITY, Emitter, Line
+from paretorch.codegen.expressions import LANGUAGE_TYPES, TRITON_TYPES, compute_type, dtype_of
+from paretorch.codegen.kernel import Kernel, Region, Schedule
+from paretorch.codegen.kernel_file import LONGEST_LINE, Launch, file_text, region_text, wrapped
+from paretorch.codegen.regions import default_schedule, emitted
 from paretorch.codegen.templates import TEMPLATES
-from paretorch.codegen.templates.row_norm import norm_of
+from paretorch.codegen.templates.long_row import PASS
 from paretorch.ir.errors import LoweringError
-from paretorch.ir.graph import arguments, shape_of, type_of
+from paretorch.ir.graph import shape_of
 from paretorch.ir.ops import op_of
-from paretorch.ir.types import DTYPES
 
-EXAMPLE_SIZE = 64  # what a symbolic size is when a file benchmarks itself
-
-FILE = Template('''\
-"""${title}
-
-${region}
-
-template ${template}; schedule ${schedule}. Run this file to benchmark the kernel on a GPU.
-"""
-
-import sys
-
-import torch
-import triton
-import triton.language as tl
+LARGEST_OFFSET = 2**31 - 1
 
 
-${kernel}
+def render(
+    region: Region, number_of_kernel: int = 0, schedule: Schedule | None = None, predicted: tuple[float, str] | None = None
+) -> Kernel:
+    """The kernel of a region. number_of_kernel: starts its name; schedule: None for the template's default; predicted: seconds, and on what device.
 
-def launch(${reads}):
-    """${launch_title}"""
-    shape = torch.broadcast_shapes(${shapes})
-    ${reads_line}
-${allocate}
-    if ${first}.numel() > 0:
-        ${name}[${grid}](${call})
-    return ${writes}
-
-
-EXAMPLES = (
-${examples}
-)
-
-if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("no GPU here; with TRITON_INTERPRET=1 launch() also takes tensors on the CPU")
-    inputs = [torch.ones(shape, dtype=dtype, device="cuda") for shape, dtype in EXAMPLES]
-    outputs = launch(*inputs)
-    tensors = [*inputs, *(outputs if isinstance(outputs, tuple) else (outputs,))]
-    milliseconds = triton.testing.do_bench(lambda: launch(*inputs))
-    moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    print(f"${name}: {milliseconds * 1e3:.1f} us, {moved / milliseconds / 1e6:.0f} GB/s")
-''')
-
-
-def render(region: Region, number_of_kernel: int = 0, schedule: dict[str, int] | None = None) -> Kernel:
-    """The kernel of a region. number_of_kernel: starts its name; schedule: None for the template's default.
-
-    Raises LoweringError if the template cannot take it.
+    Raises LoweringError if no template can take it.
     """
     template = TEMPLATES[region.template]
-    reason = template.legal(region)
-    if reason is not None:
-        raise LoweringError(f"template {template.name} cannot take {region}: {reason}")
-    name = _name(region, number_of_kernel)
-    names = unique_names([*region.reads, *region.nodes])
-    is_row = region.template != "elementwise"
-    result = shape_of(region.nodes[0])
-    schedule = schedule or template.schedules(result[-1] if is_row else None)[0]
-    slots, sizes = _row_slots(region, names) if is_row else _flat_slots(region, names)
-    pointers = [(f"{names[node]}_ptr", f"*{TRITON_TYPES[dtype_of(node)]}") for node in (*region.reads, *region.writes)]
-    parameters = [*pointers, *((size, kind) for size, kind, _ in sizes)]
-    kernel = template.fill(kernel=name, parameters=", ".join(parameter for parameter, _ in parameters), **slots)
-    source = _file(region, name, names, kernel, schedule, sizes)
-    return Kernel(name, source, region_text(region), region.template, schedule, tuple(parameters))
-
-
-def region_text(region: Region) -> str:
-    """The region as lines: what it reads, its nodes with their types, what it writes."""
-    lines = [f"{node.name} : {type_of(node)}" for node in region.reads]
-    lines += [f"{node.name} = {_call(node)} : {type_of(node)}" for node in region.nodes]
-    return "\n".join([*lines, f"-> {', '.join(node.name for node in region.writes)}"])
-
-
-def _call(node: Node) -> str:
-    op = op_of(node)
-    shown = [f"{value.name}" if isinstance(value, Node) else str(value) for value in node.args]
-    shown += [f"{key}={value.name if isinstance(value, Node) else value}" for key, value in sorted(node.kwargs.items())]
-    return f"{op.name if op is not None else node.target}({', '.join(shown)})"
+    try:
+        emitter = emitted(region)
+    except LoweringError as error:
+        raise LoweringError(f"template {template.name} cannot take {region}: {error}") from error
+    name, width = _name(region, number_of_kernel), region.shape[-1] if region.is_rows else None
+    schedule = schedule or default_schedule(region, emitter)
+    symbols = _symbols(region)
+    pointers = [(f"{emitter.names[node]}_ptr", f"*{TRITON_TYPES[dtype_of(node)]}") for node in (*region.reads, *region.writes)]
+    strides = [(parameter, "i64") for layout in emitter.layouts.values() for parameter, _ in layout.parameters]
+    parameters = (*pointers, *strides, *((symbol, "i64") for symbol, _ in symbols))
+    shown = ", ".join(parameter if kind != "i64" else f"{parameter}: tl.int64" for parameter, kind in parameters)
+    slots = _long_slots(region, emitter) if region.template == "long_row" else _slots(region, emitter)
+    text = template.fill(kernel=name, parameters=shown, wide=_wide(region), count=size_text(product(region.shape)), **slots)
+    head, _, rest = text.partition("):\n")
+    if len(head) > LONGEST_LINE:
+        opened, _, listed = head.partition("(")
+        text = f"{opened}(\n{wrapped(listed)}\n):\n{rest}"
+    constants = {"WIDTH": width} if width is not None else {}
+    launch = Launch(name, emitter, symbols, schedule, constants, predicted)
+    source = file_text(region, launch, text)
+    seconds = predicted[0] if predicted is not None else None
+    return Kernel(name, source, region_text(region), region.template, schedule, parameters, constants, seconds)
 
 
 def _name(region: Region, number_of_kernel: int) -> str:
     """kernel_03_add_rms_norm; at most four ops are named."""
-    ops = [op.name for node in region.nodes if (op := op_of(node)) is not None]
-    shown = list(dict.fromkeys(ops))
+    ops = [op.name for node in region.nodes if (op := op_of(node)) is not None and op.kind not in ("view", "scalar")]
+    shown = list(dict.fromkeys(ops)) or ["copy"]
     return f"kernel_{number_of_kernel:02d}_{'_'.join(shown[:4])}" + ("_etc" if len(shown) > 4 else "")
 
 
-Sizes = list[tuple[str, str, str]]  # name, Triton type, text that the launcher passes
+def _symbols(region: Region) -> list[tuple[str, str]]:
+    """(symbol, launcher's text for it) of the symbolic sizes. Raises LoweringError for one that is no axis of what is read."""
+    sizes = [size for node in (*region.nodes, *region.reads) if dtype_of(node) for size in shape_of(node)]
+    free = sorted({symbol for size in sizes if not isinstance(size, int) for symbol in size.free_symbols}, key=str)
+    return [(str(symbol), symbol_text(symbol, region)) for symbol in free]
 
 
-def _flat_slots(region: Region, names: dict[Node, str]) -> tuple[dict[str, str], Sizes]:
-    result = shape_of(region.nodes[0])
-    where = places(result, [shape_of(node) for node in region.reads])
-    loads = [load(node, names[node], offset, "inside" if offset else "") for node, offset in zip(region.reads, where.offsets, strict=True)]
-    slots = {
-        "coordinates": _lines(where.lines),
-        "loads": _lines(loads),
-        "body": _lines(statement(node, names) for node in region.nodes),
-        "stores": _lines(f"tl.store({names[node]}_ptr + place, {names[node]}, mask=inside)" for node in region.writes),
+def symbol_text(symbol: sympy.Symbol, region: Region) -> str:
+    """ "{0}.shape[1]", with the place of the read whose axis has this size."""
+    for place, node in enumerate(region.reads):
+        for axis, size in enumerate(shape_of(node)):
+            if size == symbol:
+                return f"{{{place}}}.shape[{axis}]"
+    raise LoweringError(f"the size {symbol} is no axis of what is read, so the launcher cannot tell it")
+
+
+def _wide(region: Region) -> str:
+    """ ".to(tl.int64)" unless every offset surely fits into 32 bits; strides are 64-bit arguments anyway."""
+    sizes = [product(shape_of(node)) for node in (*region.reads, *region.writes)] + [product(region.shape)]
+    return "" if all(isinstance(size, int) and size <= LARGEST_OFFSET for size in sizes) else ".to(tl.int64)"
+
+
+def _slots(region: Region, emitter: Emitter) -> dict[str, str]:
+    loads = [line for line in emitter.lines if line.is_load]
+    body = [line for line in emitter.lines if not line.is_load]
+    stores = _stores(region, emitter)
+    used = " ".join([*(line.text for line in emitter.lines), *emitter.conditions, *(text for _, text in stores)])
+    return {
+        "coordinates": indented([*coordinates(emitter, used), *emitter.conditions]),
+        "loads": indented(map(str, loads)),
+        "body": indented(map(str, body)),
+        "stores": indented(text for _, text in stores),
     }
-    return slots, [("count", "i64", f"{names[region.writes[0]]}.numel()"), *_sizes(where)]
 
 
-def _row_slots(region: Region, names: dict[Node, str]) -> tuple[dict[str, str], Sizes]:
-    norm = norm_of(region)
-    given = arguments(norm)
-    result, at = shape_of(norm), region.nodes.index(norm)
-    where = places(result[:-1], [shape_of(node)[:-1] for node in region.reads], "row")
-    loads = [load(node, names[node], *_row_offset(node, offset, result)) for node, offset in zip(region.reads, where.offsets, strict=True)]
-    held = compute_type(dtype_of(norm))
-    scale, shift = (_affine(given.get(key), held, names, sign) for key, sign in (("weight", "*"), ("bias", "+")))
-    source = given["input"]
-    x = names[source] if compute_type(dtype_of(source)) == held else f"{names[source]}.to(tl.{'float64' if held == 'f64' else 'float32'})"
-    slots = {
-        "coordinates": _lines(where.lines),
-        "loads": _lines(loads),
-        "before": _lines(statement(node, names) for node in region.nodes[:at]),
-        "x": x,
-        "y": names[norm],
-        "affine": scale + shift,
-        "after": _lines(statement(node, names) for node in region.nodes[at + 1 :]),
-        "stores": _lines(f"tl.store({names[node]}_ptr + row * width + column, {names[node]}, mask=inside)" for node in region.writes),
+def coordinates(emitter: Emitter, used: str) -> list[str]:
+    """The lines of those coordinates that are used."""
+    return [f"{name} = {text}" for name, text in emitter.space.lines.items() if re.search(rf"\b{name}\b", used)]
+
+
+def _stores(region: Region, emitter: Emitter) -> list[tuple[bool, str]]:
+    """(whether it is of elements, not of one number a row; the text) of each store."""
+    found = []
+    for node in region.writes:
+        variable = emitter.write(node)
+        of_elements = not region.is_rows or shape_of(node) == region.shape
+        offset = _place(region) if of_elements else "row"
+        text = f"tl.store({emitter.names[node]}_ptr + {offset}, {variable}{', mask=inside' if of_elements else ''})"
+        found.append((of_elements, text))
+    return found
+
+
+def _place(region: Region) -> str:
+    return plus(times("row", region.shape[-1]), COLUMN) if region.is_rows else "place"
+
+
+def indented(lines: Iterable[str], by: int = 1) -> str:
+    return "\n".join(f"{'    ' * by}{line}" for line in lines)
+
+
+# rows in several passes
+
+
+def _long_slots(region: Region, emitter: Emitter) -> dict[str, str]:
+    """Lines outside of all loops stand where they are first needed; inside of a loop those that its result needs."""
+    varying = _varying(emitter.lines)
+    stores, text = _stores(region, emitter), ""
+    out: list[str] = []
+    held = next(compute_type(dtype_of(node)) for node in region.nodes if dtype_of(node))
+    for place, line in enumerate(emitter.lines):
+        if line.reduction:
+            text += "\n".join([*out, _pass(line, emitter.lines[:place], varying, LANGUAGE_TYPES[held])])
+            out = []
+        elif line.name not in varying:
+            out.append(f"    {line}")
+    inner = [text for of_elements, text in stores if of_elements]
+    needed = _needed(" ".join(inner), emitter.lines, varying)
+    numbers = [*out, *(f"    {text}" for of_elements, text in stores if not of_elements)]
+    used = " ".join([*(line.text for line in emitter.lines), *inner])
+    return {
+        "coordinates": indented(coordinates(emitter, used)),
+        "passes": text,
+        "numbers": "\n".join(numbers),
+        "lines": indented(needed, 2),
+        "stores": indented(inner, 2),
     }
-    return slots, [("width", "i32", "shape[-1]"), ("eps", "fp32", number(float(given["eps"]))), *_sizes(where)]
 
 
-def _row_offset(node: Node, offset: str, result: Sequence[object]) -> tuple[str, str]:
-    """The offset of an operand's elements in this row, and their mask; per-row values have one element."""
-    shape = shape_of(node)
-    if not shape or shape[-1] != result[-1] or shape[-1] == 1:
-        return offset, ""
-    lead = f"({offset}) * width + " if " " in offset else f"{offset} * width + " if offset else ""
-    return f"{lead}column", "inside"
+def _varying(lines: Sequence[Line]) -> set[str]:
+    """Names of the values that differ along the row."""
+    found: set[str] = set()
+    for line in lines:
+        if not line.reduction and (COLUMN in line.words or "inside" in line.words or line.words & found):
+            found.add(line.name)
+    return found
 
 
-def _affine(value: Node | None, held: str, names: dict[Node, str], sign: str) -> str:
-    if value is None:
-        return ""
-    cast = "" if compute_type(dtype_of(value)) == held else f".to(tl.{'float64' if held == 'f64' else 'float32'})"
-    return f" {sign} {names[value]}{cast}"
+def _needed(text: str, lines: Sequence[Line], varying: set[str]) -> list[str]:
+    """The varying lines that a text needs, in order."""
+    words, kept = set(re.findall(r"[A-Za-z_]\w*", text)), []
+    for line in reversed(lines):
+        if line.name in words and line.name in varying:
+            kept.append(str(line))
+            words |= line.words
+    return kept[::-1]
 
 
-def _sizes(where: Places) -> Sizes:
-    return [(name, "i32", " * ".join(f"shape[{axis}]" for axis in axes)) for name, axes in where.sizes]
-
-
-def _lines(lines: object) -> str:
-    return "\n".join(f"    {line}" for line in lines)  # type: ignore[attr-defined]
-
-
-def _file(region: Region, name: str, names: dict[Node, str], kernel: str, schedule: dict[str, int], sizes: Sizes) -> str:
-    reads, writes = [names[node] for node in region.reads], [names[node] for node in region.writes]
-    first = writes[0]
-    allocate = [f"{names[node]} = torch.empty(shape, dtype={DTYPES[dtype_of(node)]}, device={reads[0]}.device)" for node in region.writes]
-    grid = (
-        f"(triton.cdiv({first}.numel(), {schedule['BLOCK']}),)" if region.template == "elementwise" else f"({first}.numel() // shape[-1],)"
-    )
-    call = [*reads, *writes, *(text for _, _, text in sizes), *(f"{key}={value}" for key, value in schedule.items())]
-    examples = [f"    ({_example(shape_of(node))}, {DTYPES[dtype_of(node)]})," for node in region.reads]
-    several = len(writes) > 1
-    return FILE.substitute(
-        title=f"{name}: {len(region.nodes)} {'nodes' if len(region.nodes) > 1 else 'node'} of a graph as one kernel.",
-        region="\n".join(f"    {line}" for line in region_text(region).splitlines()),
-        template=region.template,
-        schedule=", ".join(f"{key}={value}" for key, value in schedule.items()),
-        kernel=kernel,
-        reads=", ".join(reads),
-        launch_title=f"{', '.join(reads)} -> {', '.join(writes)}; tensors on one device.",
-        shapes=", ".join(f"{read}.shape" for read in reads),
-        reads_line=f"{', '.join(reads)} = {', '.join(f'{read}.contiguous()' for read in reads)}",
-        allocate=_lines(allocate),
-        first=first,
-        name=name,
-        grid=grid,
-        call=", ".join(call),
-        writes=f"({', '.join(writes)})" if several else first,
-        examples="\n".join(examples),
-    )
-
-
-def _example(shape: Sequence[int | sympy.Expr]) -> str:
-    sizes = [size if isinstance(size, int) else int(size.subs(dict.fromkeys(size.free_symbols, EXAMPLE_SIZE))) for size in shape]
-    return f"({', '.join(map(str, sizes))}{',' if len(sizes) == 1 else ''})"
+def _pass(line: Line, before: Sequence[Line], varying: set[str], type_: str) -> str:
+    steps, value = f"{line.name}_steps", f"tl.where(inside, {line.text}, {IDENTITY[line.reduction]})"
+    combined = f"{steps} + {value}" if line.function == "sum" else f"tl.{line.function}imum({steps}, {value})"
+    return Template(PASS).substitute(
+        steps=steps, identity=IDENTITY[line.reduction], type=type_, lines=indented(_needed(line.text, before, varying), 2), combined=combined,
+        name=line.name, function=line.function, divided=" / WIDTH" if line.reduction == "mean" else "",
+    )  # fmt: skip

@@ -59,8 +59,7 @@ class Prices:
         weights: bytes of the model that this graph is a part of, which say what of them caches hold; None for the graph's own.
         """
         context = self._context(runtime, weight_bytes(graph) if weights is None else weights)
-        rates = self.rates(runtime, "f32")
-        total = Cost(rates.call_s + rates.output_s_per_byte * output_bytes(graph))
+        total = self.call_cost(graph, runtime)
         for node in graph.calls:
             total = total + self._cost(node, context)
         return total
@@ -68,6 +67,17 @@ class Prices:
     def node_cost(self, node: Node, runtime: str) -> Cost:
         """Predicted cost of one node where it stands in its graph, with weights that are in a cache."""
         return self._cost(node, _Context(runtime, 0.0, 0.0))
+
+    def kernel_cost(self, bytes_moved: float, flops: float, dtype: str, runtime: str) -> Cost:
+        """Predicted cost of one kernel that streams so many bytes: what a region of light ops costs as one. Raises TargetError."""
+        rates = self.rates(runtime, dtype)
+        work = Work(("elementwise",), (max(bytes_moved, 1.0),), flops, bytes_moved, dtype)
+        return Cost(_seconds(work, rates) * rates.scale + rates.launch_s, flops, bytes_moved, 1.0)
+
+    def call_cost(self, graph: Graph, runtime: str) -> Cost:
+        """What one call costs beside its nodes. Raises TargetError."""
+        rates = self.rates(runtime, "f32")
+        return Cost(rates.call_s + rates.output_s_per_byte * output_bytes(graph))
 
     def peak_memory(self, graph: Graph) -> int:
         """Bytes of weights and of values that live at the same time, at the example's sizes."""

@@ -191,6 +191,7 @@ SHARES["rocm"] = SHARES["cuda"]
 FUSING = {  # what a fused light op still costs of its pass: by what each runtime is known to fuse
     "eager": Rates({}, 0.0),
     "inductor": Rates({}, 0.0, chained=0.0, into_row=0.0, filtered=0.5),
+    "triton": Rates({}, 0.0),  # its regions are priced as the kernels that they are
     "onnxruntime": Rates({}, 0.0, filtered=0.0, strided=False),
     "openvino": Rates({}, 0.0, chained=0.0, epilogue=0.0, filtered=0.0, beside_attention=0.0, strided=False),
 }

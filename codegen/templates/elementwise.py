@@ -1,20 +1,21 @@
-"""A chain of elementwise ops in one kernel: each operand read once, each result written once, everything between in registers.
+"""A chain of elementwise ops in one kernel, seen through views and concatenations: each operand read once an element, results written once.
 
-Types: any; half precision is computed in f32. Operands broadcast to the results, which have one shape. No shared memory.
-A program takes BLOCK elements; the last one is masked, so any number of elements will do.
+Types: any that Triton has; half precision is computed in f32. Operands broadcast to the results, which have one shape; rotary embeddings, gates on the
+halves of a packed product and casts are chains of this kind. Reads any strides. No shared memory.
+A program takes BLOCK elements; the last one is masked, so any number of elements will do. Offsets have 64 bits where 32 might not do.
 """
 
 from __future__ import annotations
 
-from paretorch.codegen.kernel import KernelTemplate, Region
-from paretorch.ir.graph import shape_of
+from paretorch.codegen.kernel import KernelTemplate, Schedule
+
+REGISTERS = 128  # a thread's values that are held at the same time, at most
 
 
-def legal(region: Region) -> str | None:
-    shapes = {shape_of(node) for node in region.nodes}
-    if len(shapes) > 1:
-        return f"its values have several shapes: {', '.join(sorted(str(list(shape)) for shape in shapes))}"
-    return None
+def schedules(width: int | None, held: int) -> tuple[Schedule, ...]:
+    """Eight elements a thread, or fewer where many values are held at once."""
+    per_thread = max(1, min(8, 1 << (REGISTERS // max(held, 1)).bit_length() - 1))
+    return tuple({"BLOCK": 32 * warps * per_thread, "num_warps": warps} for warps in (4, 8, 2))
 
 
 ELEMENTWISE = KernelTemplate(
@@ -22,13 +23,12 @@ ELEMENTWISE = KernelTemplate(
     text="""\
 @triton.jit
 def ${kernel}(${parameters}, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
+    place = tl.program_id(0)${wide} * BLOCK + tl.arange(0, BLOCK)
+    inside = place < ${count}
 ${coordinates}
 ${loads}
 ${body}
 ${stores}
 """,
-    legal=legal,
-    schedules=lambda width: ({"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 2048, "num_warps": 8}, {"BLOCK": 512, "num_warps": 4}),
+    schedules=schedules,
 )

@@ -14,8 +14,8 @@ from paretorch.ir.ops import (
     token_choice,
     tokens,
 )
-from paretorch.ir.ops.table import OPS, Missing, Op, aten, define, is_op, op_of, row
+from paretorch.ir.ops.table import OPS, Missing, Op, RowText, aten, define, is_op, op_of, row
 
-__all__ = ["OPS", "Missing", "Op", "aten", "define", "is_op", "op_of", "row"]
+__all__ = ["OPS", "Missing", "Op", "RowText", "aten", "define", "is_op", "op_of", "row"]
 __all__ += ["attention", "convolution", "elementwise", "fused", "index", "local_attention", "matrix", "reduce", "scalar", "shape"]
 __all__ += ["token_choice", "tokens"]

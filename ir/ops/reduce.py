@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from paretorch.ir.ops.costs import inputs_and_output, operands, output, per_element, per_element_and_affine, per_input_element
+from paretorch.ir.ops.row_text import ROW_TEXTS
 from paretorch.ir.ops.table import Missing, Op, aten, define
 
 
@@ -18,7 +19,7 @@ def distance_flops(node: Node) -> Any:
 def _row(name: str, overloads: str, axes: str | None, flops: Any, onnx: str | Missing, kind: str = "row") -> None:
     define(Op(
         name=name, targets=tuple(aten(overload) for overload in overloads.split()), kind=kind, flops=flops,
-        bytes=inputs_and_output, axes=axes, onnx=onnx,
+        bytes=inputs_and_output, axes=axes, onnx=onnx, triton=ROW_TEXTS.get(name, Missing("no Triton text yet: runs as torch")),
     ))  # fmt: skip
 
 

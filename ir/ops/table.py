@@ -78,6 +78,38 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One line of a row's computation. text: with {argument} for operands and numbers by their names in the schema, {step} for earlier steps.
+
+    reduction: a key of REDUCTIONS if it makes one number of the row; only_with: the argument without which the step is left out, and stands for
+    the one before it.
+    """
+
+    name: str
+    text: str
+    reduction: str = ""
+    only_with: str = ""
+
+
+REDUCTIONS = ("sum", "mean", "max", "min")
+
+
+@dataclass(frozen=True)
+class RowText:
+    """Triton text of an op that takes statistics over its last axis, as steps of which the last is the result: {row} is what it takes them of.
+
+    axis: the argument that names the axis; of the other arguments those with a place in the text may be anything, `keepdim`, `dtype` and switches
+    of torch's own too, the rest must be as `fixed` says or at their defaults. per_row: whether the result is one number a row.
+    """
+
+    row: str
+    axis: str
+    steps: tuple[Step, ...]
+    fixed: tuple[tuple[str, Any], ...] = ()
+    per_row: bool = False
+
+
+@dataclass(frozen=True)
 class Op:
     """One row.
 
@@ -85,7 +117,8 @@ class Op:
     kind: a key of KINDS. flops: (node) -> count, an int or sympy expression in the graph's symbols, a fused multiply-add is two.
     bytes: (node) -> bytes read and written. axes: a key of AXES; None stops token-axis rewrites at this op.
     moves_data: False if it only re-describes its input (view, transpose, …).
-    triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option.
+    triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option;
+    of an op over rows the steps of its computation.
     onnx: the ONNX op that it becomes, or an emitter of `codegen/onnx/`.
     definition: the function of torch ops that it runs as, where that is several passes over memory; its price is then theirs.
     """
@@ -98,7 +131,7 @@ class Op:
     axes: str | None = None
     elementwise: bool = False
     commutative: bool = False
-    triton: str | dict[str, str] | Missing = Missing("not an elementwise op")
+    triton: str | dict[str, str] | RowText | Missing = Missing("not an elementwise op")
     onnx: str | Missing = Missing("runs as torch")
     source: str = ""
     definition: Callable[..., Any] | None = None

@@ -1,0 +1,248 @@
+"""The file around a kernel: what it computes, the launcher, the same in torch, and a main part that checks and times it.
+
+The file imports nothing of ours. Run alone it compares the kernel with torch: on a GPU, where it is then timed, or in triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from string import Template
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from paretorch.codegen.coordinates import size_text
+from paretorch.codegen.emission import Emitter
+from paretorch.codegen.expressions import dtype_of
+from paretorch.codegen.kernel import Region, Schedule
+from paretorch.codegen.layouts import merged_pairs
+from paretorch.ir.graph import shape_of, type_of
+from paretorch.ir.ops import op_of
+from paretorch.ir.types import DTYPES, size_of
+
+LONGEST_LINE = 130
+EXAMPLE_SIZE = 64  # what a symbolic size is when a file runs alone
+
+FILE = Template('''\
+"""${title}
+
+${region}
+
+template ${template}; schedule ${schedule}; ${predicted}.
+Run this file to compare the kernel with torch and, on a GPU, to time it.
+"""
+
+import os
+
+import torch
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+import triton
+import triton.language as tl
+
+SCHEDULE = {${options}}
+
+
+${kernel}
+
+${laid}def launch(${reads}):
+    """${launch_title}"""
+${prepare}
+    if ${first}.numel() > 0:
+        ${name}[${grid}](
+${call}
+        )
+    return ${writes}
+
+
+def reference(${reads}):
+    """The same in torch."""
+${reference}
+    return ${writes}
+
+
+EXAMPLES = (  # shape, stride, dtype
+${examples}
+)
+
+
+def example(shape, stride, dtype):
+    """A tensor of random numbers that lies so in memory."""
+    count = 1 + sum((size - 1) * step for size, step in zip(shape, stride))
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    values = values > 0 if dtype == torch.bool else values.to(dtype)
+    return values.to("cuda" if torch.cuda.is_available() else "cpu").as_strided(shape, stride)
+
+
+if __name__ == "__main__":
+    inputs = [example(*row) for row in EXAMPLES]
+    outputs, expected = launch(*inputs), reference(*inputs)
+    if torch.is_tensor(outputs):
+        outputs, expected = (outputs,), (expected,)
+    for output, same in zip(outputs, expected):
+        rounding = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(output.dtype, 1e-4)
+        torch.testing.assert_close(output, same, rtol=rounding, atol=rounding, equal_nan=True)
+    print("${name}: agrees with torch")
+    if torch.cuda.is_available():
+        milliseconds = triton.testing.do_bench(lambda: launch(*inputs))
+        moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+        print(f"${name}: {milliseconds * 1e3:.1f} us, {moved / milliseconds / 1e6:.0f} GB/s; ${predicted}")
+''')
+
+LAID = '''\
+def laid(x, unit, pairs):
+    """x itself where that axis has stride one and each pair of axes is passed over as one, else a contiguous copy."""
+    fits = (unit is None or x.stride(unit) == 1) and all(x.stride(a) == x.stride(b) * x.shape[b] for a, b in pairs)
+    return x if fits else x.contiguous()
+
+
+'''
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a file needs beside its region and kernel. symbols: names of symbolic sizes with their text; predicted: seconds, and on what device."""
+
+    name: str
+    emitter: Emitter
+    symbols: list[tuple[str, str]]
+    schedule: Schedule
+    constants: Schedule
+    predicted: tuple[float, str] | None
+
+
+def region_text(region: Region) -> str:
+    """The region as lines: what it reads, its nodes with their types, what it writes."""
+    lines = [f"{node.name} : {type_of(node)}" for node in region.reads]
+    lines += [f"{node.name} = {_call(node)} : {type_of(node)}" for node in region.nodes]
+    return "\n".join([*lines, f"-> {', '.join(node.name for node in region.writes)}"])
+
+
+def _call(node: Node) -> str:
+    op = op_of(node)
+    shown = [_shown(value) for value in node.args]
+    shown += [f"{key}={_shown(value)}" for key, value in sorted(node.kwargs.items())]
+    return f"{op.name if op is not None else node.target}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_shown(part) for part in value)}]"
+    return value.name if isinstance(value, Node) else str(value)
+
+
+def file_text(region: Region, launch: Launch, kernel: str) -> str:
+    """The whole file."""
+    names = launch.emitter.names
+    reads, writes = [names[node] for node in region.reads], [names[node] for node in region.writes]
+    options = ", ".join(f'"{key}": {value}' for key, value in launch.schedule.items())
+    several = len(writes) > 1
+    prepare = _prepare(region, launch)
+    strides = [f"{names[node]}.stride({axis})" for node, layout in launch.emitter.layouts.items() for _, axis in layout.parameters]
+    constants = [f"{key}={value}" for key, value in launch.constants.items()]
+    width = f" // {region.shape[-1]}" if region.is_rows else ""
+    first = next((names[node] for node in region.writes if shape_of(node) == region.shape), writes[0])
+    rows = f"{first}.numel(){width if first in [names[n] for n in region.writes if shape_of(n) == region.shape] else ''}"
+    return FILE.substitute(
+        title=f"{launch.name}: {len(region.nodes)} {'nodes' if len(region.nodes) > 1 else 'node'} of a graph as one kernel.",
+        region="\n".join(f"    {line}" for line in region_text(region).splitlines()),
+        template=region.template,
+        schedule=", ".join(f"{key}={value}" for key, value in launch.schedule.items()),
+        predicted=_predicted(launch.predicted),
+        options=options,
+        kernel=kernel,
+        laid=LAID if any("laid(" in line for line in prepare) else "",
+        reads=", ".join(reads),
+        launch_title=f"{', '.join(reads)} -> {', '.join(writes)}; tensors on one device.",
+        prepare=_lines(prepare),
+        first=writes[0],
+        name=launch.name,
+        grid=f"({rows},)" if region.is_rows else f'(triton.cdiv({first}.numel(), SCHEDULE["BLOCK"]),)',
+        call=wrapped(", ".join([*reads, *writes, *strides, *(symbol for symbol, _ in launch.symbols), *constants, "**SCHEDULE"]), 3),
+        writes=f"({', '.join(writes)})" if several else writes[0],
+        reference=_lines([*_symbol_lines(launch, reads), *_reference(region, names)]),
+        examples="\n".join(
+            f"    ({_numbers(shape_of(node))}, {_numbers(_strides(node))}, {DTYPES[dtype_of(node)]})," for node in region.reads
+        ),
+    )
+
+
+def wrapped(listed: str, by: int = 1) -> str:
+    """A list of arguments, over several lines if it is long."""
+    indent = "    " * by
+    return textwrap.fill(
+        listed, LONGEST_LINE, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _predicted(predicted: tuple[float, str] | None) -> str:
+    return "not priced" if predicted is None else f"predicted {predicted[0] * 1e6:.1f} us on {predicted[1]}"
+
+
+def _prepare(region: Region, launch: Launch) -> list[str]:
+    """Lines that bring operands into the layouts that the kernel takes, and make room for results."""
+    names, emitter, lines = launch.emitter.names, launch.emitter, []
+    reads = [names[node] for node in region.reads]
+    for node in region.reads:
+        layout = emitter.layouts[node]
+        pairs = merged_pairs(layout, node, emitter.merged, region.shape)
+        if layout.is_contiguous:
+            lines.append(f"{names[node]} = {names[node]}.contiguous()")
+        elif layout.unit_axis is not None or pairs:
+            lines.append(f"{names[node]} = laid({names[node]}, {layout.unit_axis}, {pairs})")
+    lines += _symbol_lines(launch, reads)
+    for node in region.writes:
+        sizes = ", ".join(size_text(size) for size in shape_of(node))
+        dtype = DTYPES[dtype_of(node)]
+        lines.append(
+            f"{names[node]} = torch.empty(({sizes}{',' if len(shape_of(node)) == 1 else ''}), dtype={dtype}, device={reads[0]}.device)"
+        )
+    return lines
+
+
+def _symbol_lines(launch: Launch, reads: Sequence[str]) -> list[str]:
+    return [f"{symbol} = {text.format(*reads)}" for symbol, text in launch.symbols]
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
+
+
+# the same in torch
+
+
+def _reference(region: Region, names: dict[Node, str]) -> list[str]:
+    return [f"{names[node]} = {_torch_call(node, names)}" for node in region.nodes]
+
+
+def _torch_call(node: Node, names: dict[Node, str]) -> str:
+    if getattr(node.target, "__name__", "") == "getitem":
+        return f"{names[node.args[0]]}[{node.args[1]}]"  # type: ignore[index]
+    target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+    given = [_argument(value, names) for value in node.args]
+    given += [f"{key}={_argument(value, names)}" for key, value in node.kwargs.items() if key not in ("device", "layout", "pin_memory")]
+    return f"torch.ops.{target}({', '.join(given)})"
+
+
+def _argument(value: Any, names: dict[Node, str]) -> str:
+    if isinstance(value, Node):
+        return names[value] if value in names else size_text(size_of(value.meta["val"]))
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(part, names) for part in value)}]"
+    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
+        return f'float("{value}")'
+    return repr(value)
+
+
+def _strides(node: Node) -> tuple[Any, ...]:
+    return tuple(size_of(stride) for stride in node.meta["val"].stride())
+
+
+def _numbers(sizes: Sequence[Any]) -> str:
+    known = [size if isinstance(size, int) else int(size.subs(dict.fromkeys(size.free_symbols, EXAMPLE_SIZE))) for size in sizes]
+    return f"({', '.join(map(str, known))}{',' if len(known) == 1 else ''})"
