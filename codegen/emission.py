@@ -180,10 +180,11 @@ class Emitter:
 
     def _joined(self, node: Node, at: At, mask: str) -> str:
         """A concatenation: each element comes from the one operand in whose part it lies."""
-        parts, axis = list(node.args[0]), arguments(node).get("dim", 0) % len(at)  # type: ignore[union-attr]
+        given = arguments(node)
+        parts, axis = list(given["tensors"]), given["dim"] % len(at)
         text, start, pieces = at[axis] or "0", 0, []
         for place, part in enumerate(parts):
-            shape = shape_of(part)  # type: ignore[arg-type]
+            shape = shape_of(part)
             end = start + shape[axis]
             conditions = [f"{text} >= {size_text(start)}"] if place > 0 else []
             conditions += [f"{text} < {size_text(end)}"] if place < len(parts) - 1 else []
@@ -192,7 +193,7 @@ class Emitter:
             there = (*at[:axis], "" if shape[axis] == 1 else shifted, *at[axis + 1 :])
             both = " & ".join(part for part in (mask, within) if part)
             held = compute_type(dtype_of(node))
-            pieces.append((within, converted(self.value(part, there, both), part, held)))  # type: ignore[arg-type]
+            pieces.append((within, converted(self.value(part, there, both), part, held)))
             start = end
         joined = pieces[-1][1]
         for within, piece in reversed(pieces[:-1]):

@@ -42,7 +42,8 @@ def layout_of(node: Node, name: str) -> Layout:
     pairs = zip(shape, known, dense, strict=True)
     if all(size == 1 or _same(stride, wanted) for size, stride, wanted in pairs):
         return Layout(True, dense, dense)
-    unit = max((axis for axis, stride in enumerate(known) if stride == 1 and shape[axis] != 1), default=None)
+    last = max((axis for axis, size in enumerate(shape) if size != 1), default=None)
+    unit = last if last is not None and known[last] == 1 else None  # of no other axis would a contiguous copy have a stride of one
     strides = tuple(1 if axis == unit else sympy.Symbol(f"{name}_s{axis}") for axis in range(len(shape)))
     parameters = tuple((f"{name}_s{axis}", axis) for axis in range(len(shape)) if axis != unit and shape[axis] != 1)
     return Layout(False, strides, known, parameters)

@@ -11,6 +11,7 @@ A view between two nodes of a region is followed by coordinates and never made; 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
 from torch.fx import Node
@@ -20,14 +21,15 @@ from paretorch.codegen.emission import Emitter, emitter_for
 from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible, row_text, unique_names
 from paretorch.codegen.kernel import Binary, Kernel, KernelTemplate, Region, Schedule
 from paretorch.codegen.templates import TEMPLATES
-from paretorch.codegen.templates.row import LONGEST_ROW
+from paretorch.codegen.templates.row import LONGEST_ROW, MOST_WARPS
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph, arguments, shape_of
 from paretorch.ir.ops import is_op
 
 MOST_READS = 16  # operands of one kernel
 MOST_NODES = 96
-MOST_REGISTERS = 160  # of the 255 that a thread has: addresses and masks need some
+MOST_REGISTERS = 160  # f32 layer norm with a residual spilled at 192 on sm_80, RMS norm did not at 160 (cross-compiled with triton 3.7)
+STEPS_OF_A_NODE = 6  # at most: a layer norm with weight and bias
 
 
 def can_compute(node: Node) -> bool:
@@ -46,7 +48,23 @@ def region_of(members: Iterable[Node]) -> Region:
     nodes = tuple(sorted(inside))
     reads = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside and is_tensor(operand))
     writes = tuple(node for node in chosen if _is_used_outside(node, inside))
-    return Region(_template(chosen), nodes, tuple(reads), writes, _space(chosen, writes))
+    region = Region(_template(chosen), nodes, tuple(reads), writes, _space(chosen, writes))
+    return replace(region, template="long_row") if region.template == "row" and _overflows(region) else region
+
+
+def _overflows(region: Region) -> bool:
+    """Whether a row is too long to be held whole by one program's threads, all of its values counted."""
+    width = region.shape[-1]
+    if not isinstance(width, int):
+        return False
+    per_thread = width // (32 * MOST_WARPS)
+    if per_thread * (len(region.reads) + STEPS_OF_A_NODE * len(region.nodes)) <= MOST_REGISTERS:
+        return False
+    try:
+        emitter = _emitter(region)
+    except LoweringError:
+        return False  # `covers` says why
+    return _registers(region, emitter) > MOST_REGISTERS
 
 
 def is_tensor(node: Node) -> bool:
@@ -64,6 +82,17 @@ def covers(region: Region) -> KernelTemplate | str:
 
 def emitted(region: Region) -> Emitter:
     """The lines that compute what the region writes. Raises LoweringError with the reason if no template takes it."""
+    emitter = _emitter(region)
+    if region.template == "long_row" and emitter.conditions:
+        raise LoweringError("it joins parts in rows of several blocks; the template takes them as they are")
+    registers = _registers(region, emitter)
+    if registers > MOST_REGISTERS:
+        raise LoweringError(f"a thread would hold {registers} values at once; it has registers for {MOST_REGISTERS}")
+    return emitter
+
+
+def _emitter(region: Region) -> Emitter:
+    """Every line, whatever it takes. Raises LoweringError."""
     reason = _refusal(region)
     if reason is not None:
         raise LoweringError(reason)
@@ -71,13 +100,13 @@ def emitted(region: Region) -> Emitter:
     emitter = emitter_for(region.nodes, region.reads, names, region.shape, is_rows=region.is_rows)
     for node in region.writes:
         emitter.write(node)
-    if region.template == "long_row" and emitter.conditions:
-        raise LoweringError("it joins parts in rows of several blocks; the template takes them as they are")
-    options = default_schedule(region, emitter)
-    registers = emitter.held(region.writes) * options["BLOCK"] // (32 * options["num_warps"])
-    if registers > MOST_REGISTERS:
-        raise LoweringError(f"a thread would hold {registers} values at once; it has registers for {MOST_REGISTERS}")
     return emitter
+
+
+def _registers(region: Region, emitter: Emitter) -> int:
+    """How many values a thread holds at once, at the default schedule."""
+    options = default_schedule(region, emitter)
+    return emitter.held(region.writes) * options["BLOCK"] // (32 * options["num_warps"])
 
 
 def default_schedule(region: Region, emitter: Emitter) -> Schedule:

@@ -37,7 +37,7 @@ class TritonRuntime:
 
     name = "triton"
 
-    def __init__(self, plan: Callable[[Graph], list[Priced]] = each_alone) -> None:
+    def __init__(self, plan: Callable[[Graph], Sequence[Priced]] = each_alone) -> None:
         self.plan = plan
 
     def refuses(self, graph: Graph | None = None) -> str | None:

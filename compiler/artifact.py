@@ -5,6 +5,7 @@ plan.json, report.json
 graph.txt       the rewritten graph as text
 weights.safetensors
 signature.json  the original's parameters and output structure
+kernels.json    for a GPU: the generated kernels beside their sources, kernels/*.py, and the calls of the graph that each region holds
 example.safetensors
 """
 
@@ -25,9 +26,13 @@ from safetensors.torch import save as save_tensors
 
 from paretorch.capture import Program
 from paretorch.codegen.runtimes import RUNTIMES
+from paretorch.codegen.triton_runtime import TritonRuntime
 from paretorch.contest import Contender
+from paretorch.fusion import RUNTIME
+from paretorch.generated import Generated
 from paretorch.ir.errors import ArtifactError
 from paretorch.ir.parse import parse_graph
+from paretorch.ir.protocols import Runtime
 from paretorch.ir.text import print_graph
 from paretorch.ledger import Entry
 from paretorch.plan import Plan
@@ -76,6 +81,8 @@ def save(result: Optimized, path: Path) -> None:
         "example.safetensors": save_tensors(example),
         "signature.json": result.program.signature_json().encode(),
     }
+    if result.kernels:
+        members |= result.generated.members(contender.graph)
     manifest = {
         "format": FORMAT,
         "runtime": contender.runtime,
@@ -99,7 +106,10 @@ def load(path: str | Path) -> Optimized:
     inputs = tuple(example[f"input_{i}"] for i in range(len(example)))
     graph = parse_graph(members["graph.txt"].decode(), load_tensors(members["weights.safetensors"]), inputs)
     program = Program.from_signature(members["signature.json"].decode(), graph, inputs)
-    runtime = RUNTIMES.get(str(manifest.get("runtime")))
+    runtime: Runtime | None = RUNTIMES.get(str(manifest.get("runtime")))
+    generated = Generated.from_members(members, graph)
+    if runtime is not None and runtime.name == RUNTIME:
+        runtime = TritonRuntime(lambda graph: generated.regions)
     if runtime is None:
         raise ArtifactError(f"{path} was made for the runtime {manifest.get('runtime')}, which this version does not have")
     refusal = runtime.refuses(graph)
@@ -107,7 +117,7 @@ def load(path: str | Path) -> Optimized:
         raise ArtifactError(f"{path} was made for the runtime {runtime.name}, which cannot be used here: {refusal}")
     contender = Contender(manifest["variant"], runtime.name, graph, runtime.compile(graph, inputs), manifest["predicted"])
     plan = Plan.from_json(members["plan.json"].decode())
-    return Optimized(program, contender, plan, report_from_json(members["report.json"].decode()), None)
+    return Optimized(program, contender, plan, report_from_json(members["report.json"].decode()), None, generated)
 
 
 def _read(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 
 from paretorch.capture import Program
+from paretorch.codegen.kernel import Kernel
 from paretorch.contest import Contender
 from paretorch.explain import explain
+from paretorch.generated import Generated
 from paretorch.ir.errors import ArtifactError, BudgetError, InputError
 from paretorch.ir.graph import Graph
 from paretorch.plan import Plan
@@ -20,13 +23,19 @@ from paretorch.search import Point, frontier
 if TYPE_CHECKING:
     from paretorch.session import Session
 
+GPU_KINDS = ("cuda", "rocm")
+
 
 class Optimized(nn.Module):
-    """Call it as the original model. plan, report, graph: what was done; frontier: the other plans of the search."""
+    """Call it as the original model. plan, report, graph, kernels: what was done; frontier: the other plans of the search."""
 
-    def __init__(self, program: Program, contender: Contender | None, plan: Plan, report: Report, session: Session | None) -> None:
+    def __init__(
+        self, program: Program, contender: Contender | None, plan: Plan, report: Report, session: Session | None,
+        generated: Generated | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.program, self.contender, self.plan, self.report, self.session = program, contender, plan, report, session
+        self._saved = generated or Generated()
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,6 +59,21 @@ class Optimized(nn.Module):
     def frontier(self) -> list[Point]:
         """Plans that no other evaluated plan beats in both predicted seconds and loss on the ranking part, fastest first."""
         return frontier(self.session.points) if self.session is not None else []
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The generated kernels of the graph's planned regions, one for all regions that differ in names only; `compile` on each needs no GPU.
+
+        Made for a GPU target, here or not; none for a processor, and none where the original came back. Raises LoweringError.
+        """
+        return self.generated.kernels
+
+    @cached_property
+    def generated(self) -> Generated:
+        """The kernels, with the regions that they serve."""
+        if self.session is None or self.contender is None or self.session.target.device.kind not in GPU_KINDS:
+            return self._saved
+        return Generated.of(self.session.fusion.plan(self.contender.graph).priced)
 
     def choose(self, max_drop: float) -> Optimized:
         """The fastest plan of the same search that holds this budget on held-out data; no new search.

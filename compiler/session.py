@@ -13,6 +13,7 @@ import torch
 from paretorch.budget import Budget
 from paretorch.capture import Program
 from paretorch.codegen.runtimes import RUNTIMES
+from paretorch.codegen.triton_runtime import TritonRuntime
 from paretorch.conflicts import Conflicts
 from paretorch.contest import SLOW_TO_COMPILE, Contender, Lowering, contenders, run_race
 from paretorch.cost_model.break_even import break_evens, sentence
@@ -23,10 +24,11 @@ from paretorch.cost_model.price import Prices
 from paretorch.cost_model.quality import Drop, paired_drop
 from paretorch.data import prepare
 from paretorch.evidence import Evidence, evidence_of
+from paretorch.fusion import RUNTIME, Fusion
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
-from paretorch.ir.protocols import Executable
+from paretorch.ir.protocols import Cost, Executable
 from paretorch.judge import FIRST_LOOK, Judge, drift_of
 from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
@@ -114,7 +116,16 @@ class Session:
 
     def predicted(self, graph: Graph, runtime: str, weights: int | None = None) -> float:
         """Predicted seconds on one runtime, corrected by what this very model measured there, if it did. weights: as for `Prices.graph_cost`."""
-        return self.prices.graph_cost(graph, runtime, weights).seconds * self._anchor(runtime, is_reduced(graph))
+        return self.cost(graph, runtime, weights).seconds * self._anchor(runtime, is_reduced(graph))
+
+    def cost(self, graph: Graph, runtime: str, weights: int | None = None) -> Cost:
+        """Predicted cost of one call; on the Triton runtime that of its planned regions."""
+        return self.fusion.plan(graph).cost if runtime == RUNTIME else self.prices.graph_cost(graph, runtime, weights)
+
+    @cached_property
+    def fusion(self) -> Fusion:
+        """What plans the regions that run as generated kernels."""
+        return Fusion(self.prices)
 
     def _anchor(self, runtime: str, reduced: bool) -> float:
         """Measured over predicted seconds of this model there; else at the other precision, or where that runtime's rates come from."""
@@ -316,7 +327,7 @@ class Session:
             return
         able = [name for name in self.runtimes if name not in SLOW_TO_COMPILE and self.lowering.runtimes[name].refuses(graph) is None]
         with self.stages("lower"):
-            predicted = {("reduced", name): self.prices.graph_cost(graph, name).seconds for name in able}
+            predicted = {("reduced", name): self.cost(graph, name).seconds for name in able}
             entered = contenders(self.lowering, {"reduced": graph}, predicted)
         with self.stages("measure"):
             measured = run_race(entered, self.program.example, None, self.seed, REDUCED_ROUNDS)
@@ -356,7 +367,7 @@ def open_session(
         calibration = calibrate(runtimes, device=row) if target.is_here else analytic(target.device)
         usable = {name: runtime for name, runtime in runtimes.items() if (name, "f32") in calibration.rates}
     notes = [f"{name} was left out: none of its calibration probes ran" for name in runtimes if name not in usable]
-    return Session(
+    session = Session(
         program=program,
         normalized=graph,
         target=target,
@@ -370,3 +381,6 @@ def open_session(
         executor=executor,
         notes=notes,
     )
+    if RUNTIME in usable:
+        usable[RUNTIME] = TritonRuntime(lambda graph: session.fusion.plan(graph).priced)
+    return session

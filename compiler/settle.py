@@ -181,7 +181,7 @@ def _anchor(session: Session, entered: Sequence[Contender], measured: dict[str, 
     """Measured over predicted seconds of this model, by runtime: corrects the predictions of its plans."""
     for contender in entered:
         if contender.variant != "normalized" or not session.exact_rules:
-            plain = session.prices.graph_cost(contender.graph, contender.runtime).seconds
+            plain = session.cost(contender.graph, contender.runtime).seconds
             session.anchors[contender.runtime, is_reduced(contender.graph)] = measured[contender.label].seconds / plain
 
 

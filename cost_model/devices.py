@@ -20,7 +20,7 @@ from paretorch.ir.errors import TargetError
 DEVICES: dict[str, Device] = {device.name: device for device in (*CPUS, *GPUS, *FAKES)}
 
 CPU_RUNTIMES = ("eager", "inductor", "onnxruntime", "openvino")
-GPU_RUNTIMES = ("eager", "inductor")
+GPU_RUNTIMES = ("eager", "inductor", "triton")
 PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "triton": "triton"}  # runtime -> the package it needs
 
 

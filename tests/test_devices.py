@@ -51,7 +51,7 @@ def test_grammar():
     assert (onnx.runtimes, onnx.is_here, str(onnx)) == (("onnxruntime",), True, "onnx")
     h100 = Target.parse("cuda:h100")
     assert (h100.device.name, h100.chip, h100.is_here) == ("h100-sxm", "h100", False)
-    assert h100.runtimes == ("eager", "inductor")
+    assert h100.runtimes == ("eager", "inductor", "triton")
     assert Target.parse("cuda:h100:inductor").runtimes == ("inductor",)
     assert Target.parse("rocm:mi300x").device.arch == "gfx942"
     assert Target.parse("CPU:AVX2:eager").runtimes == ("eager",)

@@ -153,6 +153,11 @@ def test_strides_are_arguments() -> None:
     ]
     for view in views:
         assert_close([made.launch(view, y)], [view + y], 1e-6)
+    turned = graph_of(lambda b, x, y: b.add(b.permute(x, [1, 0]), y), x="f32[4,5]", y="f32[5,4]")
+    made = render(region_of([turned.calls[-1]]))
+    x, y = inputs_of(turned)
+    for view in (x.t(), x.t().contiguous()):
+        assert_close([made.launch(view, y)], [view + y], 1e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

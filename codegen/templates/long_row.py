@@ -13,7 +13,7 @@ BLOCK = 4096
 
 def schedules(width: int | None, held: int) -> tuple[Schedule, ...]:
     """Sixteen elements a thread, or fewer where many values are held at once."""
-    first = 8 if held <= 8 else 16
+    first = 8 if held <= 4 else 16
     return tuple({"BLOCK": BLOCK, "num_warps": warps} for warps in (first, 24 - first))
 
 

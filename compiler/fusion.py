@@ -1,0 +1,239 @@
+"""Fusion planning: which nodes run as one generated kernel, chosen by price.
+
+At first every node that a kernel can compute stands alone. Of all pairs that read each other's values, or the same one, the two whose union saves
+the most predicted seconds are joined first: bytes that no longer travel and a launch, less what is computed more often than before, since a value that
+is broadcast or seen through several views is computed for each element that needs it. It ends where nothing saves any more. A union must be one
+kernel that a template takes, with values in registers, and must leave an order in which everything can run. A value with other users is written.
+
+What no kernel takes, a lone elementwise op included, runs as torch; views cost nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch.fx import Node
+
+from paretorch.codegen.coordinates import source_of
+from paretorch.codegen.expressions import dtype_of, row_text
+from paretorch.codegen.kernel import Region
+from paretorch.codegen.regions import can_compute, emitted, region_of
+from paretorch.codegen.triton_runtime import Priced, signature
+from paretorch.cost_model.price import Prices
+from paretorch.cost_model.work import number, other_sizes
+from paretorch.ir.errors import LoweringError
+from paretorch.ir.graph import Graph
+from paretorch.ir.ops import op_of
+from paretorch.ir.protocols import Cost
+
+RUNTIME = "triton"
+NOTHING = Cost(0.0)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A chosen region: its cost as one kernel, and what its nodes cost apart."""
+
+    region: Region
+    cost: Cost
+    apart: Cost
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """regions: in graph order; rest: cost of what runs as torch."""
+
+    device: str
+    regions: tuple[Fused, ...]
+    rest: Cost
+    left: int
+
+    @property
+    def cost(self) -> Cost:
+        return sum((fused.cost for fused in self.regions), self.rest)
+
+    @property
+    def priced(self) -> list[Priced]:
+        """The regions with their predicted seconds, for the runtime."""
+        return [(fused.region, (fused.cost.seconds, self.device)) for fused in self.regions]
+
+    def __str__(self) -> str:
+        apart = sum((fused.apart for fused in self.regions), self.rest)
+        lines = [
+            f"fusion plan for {self.device}: {len(self.regions)} kernels, {self.left} nodes as torch; "
+            f"predicted {_time(self.cost.seconds)}, apart {_time(apart.seconds)}"
+        ]
+        for fused in self.regions:
+            saved = (
+                f"saves {_time(fused.apart.seconds - fused.cost.seconds)}, {fused.apart.bytes_moved - fused.cost.bytes_moved:,.0f} bytes"
+            )
+            lines.append(f"  {fused.region}: {_time(fused.cost.seconds)}, {saved}, {fused.apart.launches - 1:.0f} launches")
+        return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us"
+
+
+class Fusion:
+    """Plans for one device. Regions that are alike are priced once."""
+
+    def __init__(self, prices: Prices) -> None:
+        self.prices = prices
+        self._known: dict[Any, Cost | None] = {}
+
+    def plan(self, graph: Graph) -> FusionPlan:
+        """The regions of this graph at the example's sizes. Raises TargetError for a device without rates."""
+        merging = _Merging(graph, self.cost)
+        chosen = [nodes for nodes in merging.run() if len(nodes) > 1 or row_text(nodes[0]) is not None]
+        fused = []
+        for nodes in chosen:
+            cost = self.cost(nodes)
+            assert cost is not None  # what no template takes stands alone
+            apart = sum((self.cost([node]) or NOTHING for node in nodes), NOTHING)
+            fused.append(Fused(region_of(nodes), cost, apart))
+        inside = {node for one in fused for node in one.region.nodes}
+        left = [node for node in graph.calls if node not in inside]
+        rest = sum((self.prices.node_cost(node, RUNTIME) for node in left), self.prices.call_cost(graph, RUNTIME))
+        counted = sum(1 for node in left if (op := op_of(node)) is None or op.kind not in ("view", "scalar"))
+        return FusionPlan(self.prices.device.name, tuple(fused), rest, counted)
+
+    def cost(self, nodes: Sequence[Node]) -> Cost | None:
+        """Of these nodes as one kernel; None if no template takes them."""
+        region = region_of(nodes)
+        key = (signature(region), other_sizes())
+        if key not in self._known:
+            self._known[key] = self._cost(region)
+        return self._known[key]
+
+    def _cost(self, region: Region) -> Cost | None:
+        try:
+            emitter = emitted(region)
+        except LoweringError:
+            return None
+        first = region.nodes[0]
+        elements = prod(number(size, first) for size in region.shape)
+        flops = 0.0
+        for node, times in emitter.evaluations.items():
+            op = op_of(node)
+            if op is None or node in emitter.layouts:
+                continue
+            own = max(prod(number(size, node) for size in node.meta["val"].shape), 1.0)
+            work = number(op.flops(node), node)
+            flops += work * times * (max(elements / own, 1.0) if row_text(node) is None else 1.0)
+        passes = 1 + sum(bool(line.reduction) for line in emitter.lines) if region.template == "long_row" else 1
+        moved = sum(map(_bytes, (*region.reads, *region.writes)))
+        return self.prices.kernel_cost(moved, flops * passes, dtype_of(region.writes[0]), RUNTIME)
+
+
+def _bytes(node: Node) -> float:
+    """Of the value's different elements: an expanded axis is one of length one."""
+    value = node.meta["val"]
+    sizes = [
+        number(size, node)
+        for size, stride in zip(value.shape, value.stride(), strict=True)
+        if not (isinstance(stride, int) and stride == 0)
+    ]
+    return float(prod(sizes) * value.dtype.itemsize)
+
+
+@dataclass
+class _Merging:
+    """Clusters of nodes, joined pair by pair. Views are no nodes here: who looks at a value through them uses the value."""
+
+    graph: Graph
+    price: Any
+    clusters: dict[int, list[Node]] = field(default_factory=dict)
+    home: dict[Node, int] = field(default_factory=dict)
+    before: dict[int, set[int]] = field(default_factory=dict)
+    after: dict[int, set[int]] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)  # of clusters that are kernels
+    heap: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def run(self) -> list[list[Node]]:
+        """The nodes of each kernel, in graph order."""
+        self._start()
+        while self.heap:
+            _, first, second = heapq.heappop(self.heap)
+            if first in self.clusters and second in self.clusters and not self._has_detour(first, second):
+                self._join(first, second)
+        return [self.clusters[number] for number in sorted(self.seconds, key=lambda number: self.clusters[number][0])]
+
+    def _start(self) -> None:
+        nodes = [node for node in self.graph.nodes if source_of(node) is None]
+        for place, node in enumerate(nodes):
+            self.clusters[place], self.home[node], self.after[place] = [node], place, set()
+            roots = {self.home[root] for operand in node.all_input_nodes if (root := _root(operand)) in self.home}
+            self.before[place] = roots
+            for source in roots:
+                self.after[source].add(place)
+            cost = self.price([node]) if can_compute(node) else None
+            if cost is not None:
+                self.seconds[place] = cost.seconds
+        for place in list(self.seconds):
+            for other in self._near(place):
+                if other > place:
+                    self._offer(place, other)
+
+    def _near(self, place: int) -> list[int]:
+        """Kernels that this one reads, that read it, or that come next among those that read the same value."""
+        found = dict.fromkeys(sorted(self.before[place] | self.after[place]))
+        for source in sorted(self.before[place]):
+            readers = sorted(self.after[source] & self.seconds.keys())
+            at = readers.index(place) if place in readers else -1
+            found |= dict.fromkeys(readers[max(at - 1, 0) : at + 2])
+        return [other for other in found if other in self.seconds and other != place]
+
+    def _offer(self, first: int, second: int) -> None:
+        cost = self.price(_ordered((*self.clusters[first], *self.clusters[second])))
+        saved = self.seconds[first] + self.seconds[second] - cost.seconds if cost is not None else 0.0
+        if saved > 0:
+            heapq.heappush(self.heap, (-saved, first, second))
+
+    def _has_detour(self, first: int, second: int) -> bool:
+        """Whether a way leads from one to the other through a third, which could then run neither before nor after the union."""
+        return any(self._reaches(start, end, other) for start, end, other in ((first, second, second), (second, first, first)))
+
+    def _reaches(self, start: int, end: int, direct: int) -> bool:
+        queue = [number for number in self.after[start] if number != direct]
+        seen = set(queue)
+        while queue:
+            number = queue.pop()
+            if number == end:
+                return True
+            new = self.after[number] - seen
+            seen |= new
+            queue += new
+        return False
+
+    def _join(self, first: int, second: int) -> None:
+        number = len(self.clusters) + len(self.home) + max(self.clusters)
+        self.clusters[number] = _ordered((*self.clusters.pop(first), *self.clusters.pop(second)))
+        both = {first, second}
+        self.before[number] = (self.before.pop(first) | self.before.pop(second)) - both
+        self.after[number] = (self.after.pop(first) | self.after.pop(second)) - both
+        for other in self.before[number]:
+            self.after[other] = (self.after[other] - both) | {number}
+        for other in self.after[number]:
+            self.before[other] = (self.before[other] - both) | {number}
+        del self.seconds[first], self.seconds[second]
+        cost = self.price(self.clusters[number])
+        assert cost is not None  # it was offered
+        self.seconds[number] = cost.seconds
+        for other in self._near(number):
+            self._offer(min(number, other), max(number, other))
+
+
+def _root(node: Node) -> Node:
+    """The value that a view of views looks at."""
+    while (source := source_of(node)) is not None:
+        node = source
+    return node
+
+
+def _ordered(nodes: Iterable[Node]) -> list[Node]:
+    return sorted(nodes)

@@ -1,0 +1,54 @@
+"""The generated kernels of one graph, and their place in a saved result: sources as they were, and which calls of the graph each region holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from paretorch.codegen.kernel import Kernel
+from paretorch.codegen.regions import can_compute, region_of
+from paretorch.codegen.triton_runtime import Priced, kernels_of
+from paretorch.ir.graph import Graph
+
+MEMBER = "kernels.json"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """kernels: one for all regions that differ in names only; regions: of the graph, with what was predicted for each."""
+
+    kernels: tuple[Kernel, ...] = ()
+    regions: tuple[Priced, ...] = ()
+
+    @classmethod
+    def of(cls, regions: list[Priced]) -> Generated:
+        """Raises LoweringError."""
+        return cls(tuple(kernels_of(regions)[0]), tuple(regions))
+
+    def members(self, graph: Graph) -> dict[str, bytes]:
+        """Files of a saved result: each kernel's source, and a list of kernels and regions."""
+        sources = {_path(kernel.name): kernel.source.encode() for kernel in self.kernels}
+        plain = [{key: value for key, value in asdict(kernel).items() if key != "source"} for kernel in self.kernels]
+        places = {node: place for place, node in enumerate(graph.calls)}
+        regions = [[[places[node] for node in region.nodes if can_compute(node)], predicted] for region, predicted in self.regions]
+        return {**sources, MEMBER: json.dumps({"kernels": plain, "regions": regions}, indent=1).encode()}
+
+    @classmethod
+    def from_members(cls, members: dict[str, bytes], graph: Graph) -> Generated:
+        """What a result was saved with; nothing if it was saved for a processor."""
+        if MEMBER not in members:
+            return cls()
+        body, calls = json.loads(members[MEMBER]), graph.calls
+        kernels = []
+        for row in body["kernels"]:
+            row["parameters"] = tuple((name, kind) for name, kind in row["parameters"])
+            kernels.append(Kernel(source=members[_path(row["name"])].decode(), **row))
+        regions = [
+            (region_of([calls[place] for place in places]), (predicted[0], predicted[1]) if predicted is not None else None)
+            for places, predicted in body["regions"]
+        ]
+        return cls(tuple(kernels), tuple(regions))
+
+
+def _path(name: str) -> str:
+    return f"kernels/{name}.py"
