@@ -193,17 +193,17 @@ TOKEN_OPS: tuple[str, ...] = (*CARRIED, *SCHEMAS)  # all that compute with token
 SPELLED_OUT = Missing("exported by its definition: products, sorts and lookups")
 define(Op(
     name="match_by_energy", targets=(torch.ops.paretorch.match_by_energy.default,), kind="matrix", flops=energy_flops,
-    bytes=energy_bytes, axes="match_tokens", onnx=SPELLED_OUT, source="arXiv:2405.16148",
+    bytes=energy_bytes, axes="match_tokens", onnx=SPELLED_OUT, source="arXiv:2405.16148", definition=match_by_energy,
 ))  # fmt: skip
 define(Op(
     name="match_by_diversity", targets=(torch.ops.paretorch.match_by_diversity.default,), kind="matrix", flops=diversity_flops,
-    bytes=diversity_bytes, axes="match_tokens", onnx=SPELLED_OUT, source="arXiv:2503.02175",
+    bytes=diversity_bytes, axes="match_tokens", onnx=SPELLED_OUT, source="arXiv:2503.02175", definition=match_by_diversity,
 ))  # fmt: skip
 define(Op(
     name="match_by_weight", targets=(torch.ops.paretorch.match_by_weight.default,), kind="reduce", flops=weight_flops,
-    bytes=inputs_and_output, axes="match_tokens", onnx=SPELLED_OUT, source="arXiv:2202.07800",
+    bytes=inputs_and_output, axes="match_tokens", onnx=SPELLED_OUT, source="arXiv:2202.07800", definition=match_by_weight,
 ))  # fmt: skip
 define(Op(
     name="class_weights", targets=(torch.ops.paretorch.class_weights.default,), kind="matrix", flops=class_flops,
-    bytes=inputs_and_output, axes="class_weights", onnx=SPELLED_OUT, source="arXiv:2202.07800",
+    bytes=inputs_and_output, axes="class_weights", onnx=SPELLED_OUT, source="arXiv:2202.07800", definition=class_weights,
 ))  # fmt: skip

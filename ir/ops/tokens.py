@@ -210,15 +210,15 @@ define(Op(
 ))  # fmt: skip
 define(Op(
     name="merge_to_norm", targets=(torch.ops.paretorch.merge_to_norm.default,), kind="gather", flops=norm_flops,
-    bytes=inputs_and_output, axes="merge_tokens", onnx=SPELLED_OUT, source="arXiv:2312.01026",
+    bytes=inputs_and_output, axes="merge_tokens", onnx=SPELLED_OUT, source="arXiv:2312.01026", definition=merge_to_norm,
 ))  # fmt: skip
 define(Op(
     name="keep_tokens", targets=(torch.ops.paretorch.keep_tokens.default,), kind="gather", flops=zero,
-    bytes=output_twice, axes="merge_tokens", onnx=SPELLED_OUT,
+    bytes=output_twice, axes="merge_tokens", onnx=SPELLED_OUT, definition=keep_tokens,
 ))  # fmt: skip
 define(Op(
     name="source_map", targets=(torch.ops.paretorch.source_map.default,), kind="gather", flops=zero,
-    bytes=output_twice, axes="source_map", onnx=SPELLED_OUT,
+    bytes=output_twice, axes="source_map", onnx=SPELLED_OUT, definition=source_map,
 ))  # fmt: skip
 define(Op(
     name="log_size", targets=(torch.ops.paretorch.log_size.default,), kind="elementwise", flops=per_element(2),
