@@ -166,8 +166,9 @@ def _takes(reduction: Node, value: Node) -> bool:
 
 def _selected(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int:
     """How many leading tokens a selection by place needs to keep theirs; -1 if it needs later ones."""
-    given, start = arguments(node), _start(graph, axes, whole, node)
-    count = -1
+    if not is_op(node, "select", "slice", "split"):
+        return -1
+    given, start, count = arguments(node), _start(graph, axes, whole, node), -1
     if is_op(node, "select"):
         count = int(given["index"]) + 1 if given["index"] >= 0 else -1
     elif is_op(node, "slice"):
