@@ -134,7 +134,8 @@ def _end_of_block(facts: Facts, nodes: dict[str, Node], mixer: Node) -> Node | N
 def _by_place(nodes: dict[str, Node], axis: TokenAxis) -> str:
     """The sentence about the first attention on this axis that hides tokens by their places."""
     sides = {name: arguments(nodes[name]).get("right", -1) for name in axis.mixers}
-    first = next((name for name in axis.mixers if sides[name] >= 0), axis.mixers[0])
+    masked = (name for name in axis.mixers if sides[name] >= 0 or (is_op(nodes[name], "attention") and mask_by_pairs(nodes[name])))
+    first = next(masked, axis.mixers[0])
     if sides[first] > 0:
         return f"{named(nodes[first])} attends to a window of places, which merging moves"
     pairs = mask_by_pairs(nodes[first]) if is_op(nodes[first], "attention") and sides[first] < 0 else None
