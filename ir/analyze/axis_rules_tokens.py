@@ -34,7 +34,7 @@ def merge_tokens(walk: Walk, node: Node) -> list[Dims]:
 def _matched(kept: Any) -> list[Node]:
     """What the match that these rows come from looked at."""
     match = kept.args[0] if kept.target is operator.getitem else None
-    return [match.args[0]] if isinstance(match, Node) and is_match(match) else []
+    return [match.args[0]] if isinstance(match, Node) and is_match(match) else []  # type: ignore[list-item]
 
 
 def source_map(walk: Walk, node: Node) -> Dims:

@@ -174,7 +174,7 @@ class Carrier:
 
     def _tell_behind(self, node: Node) -> None:
         """What is behind a step that dropped tokens while all sizes were one learns of them now."""
-        ((atom,),) = self.axes.maps[node.args[1].name][1:]  # type: ignore[union-attr]
+        ((atom,),) = self.axes.maps[node.args[1].name][1:]  # type: ignore[union-attr, index]
         if atom not in self.told:
             self.told.add(atom)
             b = Builder(self.graph, node.next, origin=self.b.origin, rule=self.b.rule, site=self.b.site)

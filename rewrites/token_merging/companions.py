@@ -6,6 +6,7 @@ They are merged along with the tokens: the size-weighted mean of a group's weigh
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -27,7 +28,7 @@ def merge_companions(graph: Graph, axes: AxisFacts, place: Place, b: Builder, me
     """
     inside = {place.value, *place.downstream}
     for node in place.downstream:
-        read = node.all_input_nodes if is_op(node, "mul") else [node.args[0]] if is_reduction(node) else []
+        read: list[Any] = node.all_input_nodes if is_op(node, "mul") else [node.args[0]] if is_reduction(node) else []
         for weight in read:
             tokens = axes.dim(weight.name, place.axis.atom)
             chain = _chain(axes, place, weight) if weight not in inside and tokens is not None else None

@@ -199,7 +199,7 @@ def _start(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int | None
     while atoms != (whole,):
         born = graph.node(atoms[0].born) if len(atoms) == 1 else None
         if born is not None and is_match(born):
-            atoms = axes.maps[born.args[0].name][1]  # type: ignore[union-attr]
+            atoms = axes.maps[born.args[0].name][1]  # type: ignore[union-attr, index]
         elif born is not None and is_op(born, "slice") and (arguments(born)["start"] or 0) >= 0:
             given = arguments(born)
             start, source = start + (given["start"] or 0), axes.maps.get(given["self"].name, ())

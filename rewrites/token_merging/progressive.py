@@ -147,7 +147,7 @@ def _whole(graph: Graph, axes: AxisFacts, atom: Atom) -> Atom:
     """The axis of which earlier steps made this one, as the model begins with it."""
     born = graph.node(atom.born)
     while born is not None and is_match(born):
-        atom = axes.maps[born.args[0].name][1][0]  # type: ignore[union-attr]
+        atom = axes.maps[born.args[0].name][1][0]  # type: ignore[union-attr, index]
         born = graph.node(atom.born)
     return atom
 
