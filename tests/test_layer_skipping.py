@@ -122,11 +122,42 @@ def test_a_layer_without_its_attention_may_go_whole() -> None:
         apply(ATTENTION, halved, offered(ATTENTION, graph)[0][0])
 
 
-def test_halves_of_a_parallel_layer_are_refused() -> None:
+@pytest.mark.parametrize("order", [(ATTENTION, FEED), (FEED, ATTENTION)], ids=lambda order: order[0].name)
+def test_branches_of_a_parallel_layer_may_go_alone(order: tuple[Rule, Rule]) -> None:
     model, inputs = make("parallel")
-    _, refusals = offered(ATTENTION, captured(model, inputs))
-    assert len(refusals) == 2
-    assert "one sum of several branches of a parallel layer; skip_block" in refusals[0].reason
+    graph, (first, second) = captured(model, inputs), order
+    sites = {rule: offered(rule, graph) for rule in order}
+    assert [(len(found), refused) for found, refused in sites.values()] == [(2, []), (2, [])]
+    once = apply(first, graph, sites[first][0][0])
+    twice = apply(second, once, sites[second][0][0])
+    for after, gone in ((once, (first,)), (twice, order)):
+        twin = make("parallel")[0]
+        branches = {ATTENTION: twin.blocks[0].mix.project, FEED: twin.blocks[0].feed.shrink}
+        with torch.no_grad():
+            for rule in gone:
+                for parameter in branches[rule].parameters():
+                    parameter.zero_()
+            torch.testing.assert_close(after.run(*inputs)[0], twin(*inputs), rtol=1e-4, atol=1e-5)
+    assert apply(BLOCK, once, offered(BLOCK, graph)[0][1]).run(*inputs)[0].shape == graph.run(*inputs)[0].shape
+
+
+class Side(nn.Module):
+    """A parallel layer that also returns what its attention made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix, self.feed = nn.LayerNorm(8), Attention(8, 2), FeedForward(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(x)
+        mixed = self.mix(y)
+        return x + mixed + self.feed(y), mixed
+
+
+def test_a_branch_that_is_used_elsewhere_stays() -> None:
+    graph = captured(Side().eval(), (torch.randn(2, 5, 8),))
+    assert "the model returns it" in offered(ATTENTION, graph)[1][0].reason
+    assert len(offered(FEED, graph)[0]) == 1
 
 
 class Cached(nn.Module):

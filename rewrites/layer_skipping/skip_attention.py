@@ -3,7 +3,7 @@
 x + attention(norm(x)) -> x   (post-norm: norm(x + attention(x)) -> x)
 
 Lossy. Saves its projections and, of all blocks, the work that grows with the square of the tokens. A block of which a value is used
-elsewhere stays; so does one that is part of a parallel layer, where one sum holds both halves.
+elsewhere stays.
 Source: He et al. 2024, arXiv:2406.15786.
 """
 
@@ -14,22 +14,15 @@ from collections.abc import Iterator
 from paretorch.ir.analyze import Facts
 from paretorch.ir.graph import Graph
 from paretorch.rewrites.example_models import Sizes, transformer
-from paretorch.rewrites.layer_skipping.skip import blocks_of, offer, remove
+from paretorch.rewrites.layer_skipping.skip import offer_halves, remove
 from paretorch.rewrites.rule import Knob, Lossy, Refusal, Rule, Site
 
 NAME = "skip_attention"
 
 
 def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
-    """One per attention block of every stream."""
-    for block in blocks_of(facts):
-        if block.kind != "attention":
-            continue
-        if block.layout == "parallel":
-            reason = f"{block.after} is one sum of several branches of a parallel layer; skip_block takes all of them out"
-            yield Refusal(NAME, block.after, reason)
-        else:
-            yield from offer(NAME, graph, [(block,)])
+    """One per attention block of every stream, alone or as a branch of a parallel layer."""
+    yield from offer_halves(NAME, graph, facts, "attention")
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:

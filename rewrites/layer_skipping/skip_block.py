@@ -26,7 +26,9 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
         blocks = {block.name: block for block in stream.blocks}
         if blocks and not stream.layers:
             kinds = ", ".join(block.kind for block in stream.blocks)
-            yield Refusal(NAME, stream.values[-1], f"no layer begins or ends among the {len(blocks)} blocks ({kinds}): no run of them repeats")
+            yield Refusal(
+                NAME, stream.values[-1], f"no layer begins or ends among the {len(blocks)} blocks ({kinds}): no run of them repeats"
+            )
         yield from offer(NAME, graph, [tuple(blocks[name] for name in layer) for layer in stream.layers])
 
 
