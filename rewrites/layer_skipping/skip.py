@@ -91,7 +91,7 @@ def _branches(graph: Graph, block: Block) -> dict[Node, str]:
     nodes = {node.name: node for node in graph.nodes}
     position = {node: number for number, node in enumerate(graph.nodes)}
     before, computed = nodes[block.before], {node for node in graph.nodes if node.op != "get_attr"}
-    inner, found = [nodes[block.after]], {}
+    inner, found = [nodes[block.after]], dict[Node, str]()
     while inner:
         for leaf in inner.pop().all_input_nodes:
             inside = region(before, leaf, position)
