@@ -80,7 +80,7 @@ def source_of(node: Any) -> Node | None:
         return None
     if is_op(node, "getitem"):
         parts = node.args[0]
-        return parts.all_input_nodes[0] if isinstance(parts, Node) and _rule(parts) in ("split", "unbind") else None
+        return parts.all_input_nodes[0] if isinstance(parts, Node) and _is_cut_at_numbers(parts) else None
     op = op_of(node)
     is_copy = op is not None and op.name == "clone"
     if op is None or not (op.kind == "view" or is_copy) or _rule(node) not in FOLLOWED:
@@ -94,6 +94,14 @@ def at_source(node: Node, at: At) -> At:
     if is_op(node, "getitem"):
         return _of_part(node, at)
     return FOLLOWED[_rule(node)](node, at)
+
+
+def _is_cut_at_numbers(parts: Node) -> bool:
+    """Whether a node with several outputs takes its operand apart, at places that are known."""
+    if _rule(parts) != "split":
+        return _rule(parts) == "unbind"
+    axis = _axis(parts, "dim", len(shape_of(parts.all_input_nodes[0])))
+    return all(isinstance(part.shape[axis], int) for part in parts.meta["val"])
 
 
 def _rule(node: Node) -> str:

@@ -219,7 +219,9 @@ class Emitter:
         source: Node = given[text.row]
         shape = shape_of(source)
         kept = len(shape) - 1
-        if (not text.per_row and at[-1:] != (COLUMN,) and shape[-1] != 1) or shape[-1] != self.space.shape[-1]:
+        is_row = text.per_row or at[-1] == COLUMN or shape[-1] == 1
+        crosses = any(re.search(rf"\b{COLUMN}\b", part) for part in at[:kept])  # a statistic of every column's own row
+        if not is_row or crosses or shape[-1] != self.space.shape[-1]:
             raise LoweringError(
                 f"the rows of {list(shape)} that {node.name} takes are not those of {list(self.space.shape)} that this kernel goes along"
             )

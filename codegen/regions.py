@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
+import sympy
 from torch.fx import Node
 
 from paretorch.codegen.coordinates import source_of
@@ -33,8 +34,10 @@ STEPS_OF_A_NODE = 6  # at most: a layer norm with weight and bias
 
 
 def can_compute(node: Node) -> bool:
-    """Whether a kernel may compute this node: it has Triton text and is no mere view."""
-    return node.op == "call_function" and not_expressible(node) is None and source_of(node) is None
+    """Whether a kernel may compute this node: it has Triton text, is no mere view, and nobody reads its storage, which a kernel lays out anew."""
+    if node.op != "call_function" or any(is_op(user, "as_strided") for user in node.users):
+        return False
+    return not_expressible(node) is None and source_of(node) is None
 
 
 def region_of(members: Iterable[Node]) -> Region:
@@ -100,7 +103,24 @@ def _emitter(region: Region) -> Emitter:
     emitter = emitter_for(region.nodes, region.reads, names, region.shape, is_rows=region.is_rows)
     for node in region.writes:
         emitter.write(node)
+    symbols_of(region)
     return emitter
+
+
+def symbols_of(region: Region) -> list[tuple[str, str]]:
+    """(symbol, launcher's text for it) of the symbolic sizes. Raises LoweringError for one that is no axis of what is read."""
+    sizes = [size for node in (*region.nodes, *region.reads) if is_tensor(node) for size in shape_of(node)]
+    free = sorted({symbol for size in sizes if not isinstance(size, int) for symbol in size.free_symbols}, key=str)
+    return [(str(symbol), _symbol_text(symbol, region)) for symbol in free]
+
+
+def _symbol_text(symbol: sympy.Symbol, region: Region) -> str:
+    """ "{0}.shape[1]", with the place of the read whose axis has this size."""
+    for place, node in enumerate(region.reads):
+        for axis, size in enumerate(shape_of(node)):
+            if size == symbol:
+                return f"{{{place}}}.shape[{axis}]"
+    raise LoweringError(f"the size {symbol} is no axis of what is read, so the launcher cannot tell it")
 
 
 def _registers(region: Region, emitter: Emitter) -> int:

@@ -9,21 +9,19 @@ import re
 from collections.abc import Iterable, Sequence
 from string import Template
 
-import sympy
-
 from paretorch.codegen.coordinates import plus, product, size_text, times
 from paretorch.codegen.emission import COLUMN, IDENTITY, Emitter, Line
 from paretorch.codegen.expressions import LANGUAGE_TYPES, TRITON_TYPES, compute_type, dtype_of
 from paretorch.codegen.kernel import Kernel, Region, Schedule
 from paretorch.codegen.kernel_file import LONGEST_LINE, Launch, file_text, region_text, wrapped
-from paretorch.codegen.regions import default_schedule, emitted
+from paretorch.codegen.regions import default_schedule, emitted, symbols_of
 from paretorch.codegen.templates import TEMPLATES
 from paretorch.codegen.templates.long_row import PASS
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import shape_of
 from paretorch.ir.ops import op_of
 
-LARGEST_OFFSET = 2**31 - 1
+LARGEST_OFFSET = 2**31 - 2**16  # the last block goes past the end, and must not go past what 32 bits hold
 
 
 def render(
@@ -40,7 +38,7 @@ def render(
         raise LoweringError(f"template {template.name} cannot take {region}: {error}") from error
     name, width = _name(region, number_of_kernel), region.shape[-1] if region.is_rows else None
     schedule = schedule or default_schedule(region, emitter)
-    symbols = _symbols(region)
+    symbols = symbols_of(region)
     pointers = [(f"{emitter.names[node]}_ptr", f"*{TRITON_TYPES[dtype_of(node)]}") for node in (*region.reads, *region.writes)]
     strides = [(parameter, "i64") for layout in emitter.layouts.values() for parameter, _ in layout.parameters]
     parameters = (*pointers, *strides, *((symbol, "i64") for symbol, _ in symbols))
@@ -63,22 +61,6 @@ def _name(region: Region, number_of_kernel: int) -> str:
     ops = [op.name for node in region.nodes if (op := op_of(node)) is not None and op.kind not in ("view", "scalar")]
     shown = list(dict.fromkeys(ops)) or ["copy"]
     return f"kernel_{number_of_kernel:02d}_{'_'.join(shown[:4])}" + ("_etc" if len(shown) > 4 else "")
-
-
-def _symbols(region: Region) -> list[tuple[str, str]]:
-    """(symbol, launcher's text for it) of the symbolic sizes. Raises LoweringError for one that is no axis of what is read."""
-    sizes = [size for node in (*region.nodes, *region.reads) if dtype_of(node) for size in shape_of(node)]
-    free = sorted({symbol for size in sizes if not isinstance(size, int) for symbol in size.free_symbols}, key=str)
-    return [(str(symbol), symbol_text(symbol, region)) for symbol in free]
-
-
-def symbol_text(symbol: sympy.Symbol, region: Region) -> str:
-    """ "{0}.shape[1]", with the place of the read whose axis has this size."""
-    for place, node in enumerate(region.reads):
-        for axis, size in enumerate(shape_of(node)):
-            if size == symbol:
-                return f"{{{place}}}.shape[{axis}]"
-    raise LoweringError(f"the size {symbol} is no axis of what is read, so the launcher cannot tell it")
 
 
 def _wide(region: Region) -> str:

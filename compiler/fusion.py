@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch.fx import Node
 
@@ -85,9 +86,16 @@ class Fusion:
     def __init__(self, prices: Prices) -> None:
         self.prices = prices
         self._known: dict[Any, Cost | None] = {}
+        self._plans: WeakKeyDictionary[Graph, dict[Any, FusionPlan]] = WeakKeyDictionary()
 
     def plan(self, graph: Graph) -> FusionPlan:
         """The regions of this graph at the example's sizes. Raises TargetError for a device without rates."""
+        kept, key = self._plans.setdefault(graph, {}), (graph.edits, len(graph.fx.nodes), other_sizes())
+        if key not in kept:
+            kept[key] = self._plan(graph)
+        return kept[key]
+
+    def _plan(self, graph: Graph) -> FusionPlan:
         merging = _Merging(graph, self.cost)
         chosen = [nodes for nodes in merging.run() if len(nodes) > 1 or row_text(nodes[0]) is not None]
         fused = []

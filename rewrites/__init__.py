@@ -17,20 +17,14 @@ RULES: tuple[Rule, ...] = (
     *precision.RULES,  # last: casts surround what the others left
 )
 
-# Applied where a plan is lowered to kernels of our own, after all that was chosen; not among the rules that are offered.
-FUSIONS: tuple[Rule, ...] = block_fusion.FUSIONS
-
 
 def rules_named(names: Iterable[str]) -> tuple[Rule, ...]:
-    """The rules with these names or of these families, in their fixed order. Raises RuleError for a name that is neither.
-
-    A fusion for kernels of our own comes by its name only, not with its family.
-    """
-    known = {rule.name for rule in (*RULES, *FUSIONS)} | set(FAMILIES)
+    """The rules with these names or of these families, in their fixed order. Raises RuleError for a name that is neither."""
+    known = {rule.name for rule in RULES} | set(FAMILIES)
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         if name not in known:
             close = difflib.get_close_matches(str(name), sorted(known), n=1)
             hint = f" Close: {close[0]}." if close else ""
             raise RuleError(f"no rule or family named {name!r}.{hint} Known: {', '.join(sorted(known))}")
-    return tuple(rule for rule in RULES if rule.name in wanted or rule.family in wanted) + tuple(r for r in FUSIONS if r.name in wanted)
+    return tuple(rule for rule in RULES if rule.name in wanted or rule.family in wanted)

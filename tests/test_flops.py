@@ -130,7 +130,6 @@ UNSEEN = {
     "addmv": (emit("addmv.default"), [(6,), (6, 5), (5,)], 2 * 6 * 5),
     "addbmm": (emit("addbmm.default"), [(3, 7), (4, 3, 5), (4, 5, 7)], 2 * 4 * 3 * 5 * 7),
     "outer": (emit("outer.default"), [(6,), (7,)], 6 * 7),
-    "activated linear": (lambda b, x, w: b.linear_activation(x, w, activation="relu"), [(6, 5), (7, 5)], 2 * 6 * 5 * 7 + 6 * 7),
 }  # fmt: skip
 
 
@@ -303,16 +302,13 @@ LIGHT = {
     "clamp": (emit("clamp.default", 0.0, 1.0), [X], 2 * prod(X)),
     "clamp from below": (emit("clamp.default", 0.0), [X], prod(X)),
     "clamp from above": (emit("clamp_max.default", 0.0), [X], prod(X)),
-    "gate": (lambda b, x, y: b.gated(x, y), [X, X], (5 + 1) * prod(X)),
     # mean: sum; x - mean; its square, the mean of it: sum; divided by the root; weight; bias
     "layer norm": (lambda b, x, w, c: b.layer_norm(x, [6], w, c), [X, (6,), (6,)], 7 * prod(X)),
     "layer norm without weights": (emit("layer_norm.default", [6]), [X], 5 * prod(X)),
     "layer norm without bias": (lambda b, x, w: b.layer_norm(x, [6], w), [X, (6,)], 6 * prod(X)),
-    "residual layer norm": (lambda b, x, y: b.item(b.add_layer_norm(x, y, [6]), 0), [X, X], (1 + 5) * prod(X)),
     # square, sum, divided by the root; weight
     "rms norm": (lambda b, x, w: b.rms_norm(x, [6], w), [X, (6,)], 4 * prod(X)),
     "rms norm without weight": (lambda b, x: b.rms_norm(x, [6]), [X], 3 * prod(X)),
-    "residual rms norm": (lambda b, x, y, w: b.item(b.add_rms_norm(x, y, [6], w), 0), [X, X, (6,)], (1 + 4) * prod(X)),
     "group norm": (lambda b, x, w, c: b.group_norm(x, 2, w, c), [X, (4,), (4,)], 7 * prod(X)),
     # x - mean, divided by the root; weight; bias
     "batch norm": (lambda b, x, *w: b.batch_norm(x, *w, False, 0.1, 1e-5, False), [X, (4,), (4,), (4,), (4,)], 4 * prod(X)),

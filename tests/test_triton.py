@@ -299,6 +299,24 @@ def test_refusals() -> None:
         render(region_of(graph_of(lambda b, x: b.layer_norm(x, [2, 3]), x="f32[4,2,3]").calls))
 
 
+def test_a_statistic_of_another_row_is_no_part_of_a_row() -> None:
+    """Every column takes the sum of the row of its own number, which a square does not show in its shape."""
+    graph = graph_of(lambda b, x: b.sub(x, b.call(aten("sum.dim_IntList"), (x, [-1]))), x="f32[4,4]")
+    assert covers(region_of(graph.calls)) == "the rows of [4, 4] that sum_1 takes are not those of [4, 4] that this kernel goes along"
+
+
+def test_a_size_that_no_operand_has_is_refused() -> None:
+    graph = graph_of(lambda b, x, y: b.relu(b.cat([x, y])), x="f32[n,8]", y="f32[m,8]")
+    assert "is no axis of what is read" in str(covers(region_of(graph.calls[1:])))
+    assert not isinstance(covers(region_of(graph.calls)), str)
+
+
+def test_numbers_that_are_none_stay_so() -> None:
+    graph = graph_of(lambda b, x: b.neg(b.relu(x)), x="f32[3]")
+    (found,) = with_kernels(graph, [(region(graph), None)])[0](torch.tensor([float("nan"), -1.0, 2.0]))
+    torch.testing.assert_close(found, torch.tensor([float("nan"), -0.0, -2.0]), equal_nan=True)
+
+
 def test_regions_that_need_each_other() -> None:
     """exp -> sum, and sum -> add: both pairs can be one kernel, but either one alone leaves the other waiting for half of it."""
 

@@ -4,7 +4,6 @@ from paretorch.ir.ops import (
     attention,
     convolution,
     elementwise,
-    fused,
     index,
     local_attention,
     matrix,
@@ -17,5 +16,5 @@ from paretorch.ir.ops import (
 from paretorch.ir.ops.table import OPS, Missing, Op, RowText, aten, define, is_op, op_of, row
 
 __all__ = ["OPS", "Missing", "Op", "RowText", "aten", "define", "is_op", "op_of", "row"]
-__all__ += ["attention", "convolution", "elementwise", "fused", "index", "local_attention", "matrix", "reduce", "scalar", "shape"]
+__all__ += ["attention", "convolution", "elementwise", "index", "local_attention", "matrix", "reduce", "scalar", "shape"]
 __all__ += ["token_choice", "tokens"]

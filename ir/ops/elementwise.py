@@ -59,7 +59,7 @@ _elementwise("cos", "cos.default", 1, "tl.cos({0})", "Cos")
 _elementwise("tanh", "tanh.default", 1, "2.0 * tl.sigmoid(2.0 * {0}) - 1.0", "Tanh")
 _elementwise("sigmoid", "sigmoid.default", 4, "tl.sigmoid({0})", "Sigmoid")
 _elementwise("erf", "erf.default", 1, "tl.erf({0})", "Erf")
-_elementwise("relu", "relu.default", 1, "tl.maximum({0}, 0.0)", "Relu")
+_elementwise("relu", "relu.default", 1, "tl.where({0} < 0.0, 0.0, {0})", "Relu")  # tl.maximum would turn NaN into 0
 _elementwise("gelu", "gelu.default", gelu_flops, {
     "none": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",
     "tanh": "{0} * tl.sigmoid(1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0}))",  # (1 + tanh(z)) / 2 = sigmoid(2 z)

@@ -8,9 +8,6 @@ from paretorch.rewrites.block_fusion import (
     fold_scale,
     fold_shift,
     fold_value_bias,
-    fuse_bias_activation,
-    fuse_gate,
-    fuse_residual_norm,
     hoist_scale,
     merge_linears,
     pack_linears,
@@ -28,13 +25,4 @@ RULES: tuple[Rule, ...] = (
     fold_value_bias.RULE,
     fold_norm_affine.RULE,
     pack_linears.RULE,  # last: it hides the single projections
-)
-
-FUSIONS: tuple[Rule, ...] = (  # for kernels of our own, when a chosen plan is lowered: their ops would hide the graph from every other rule
-    fuse_residual_norm.LAYER,
-    fuse_residual_norm.RMS,
-    fuse_gate.SWIGLU,  # before bias and activation: a gate's activation belongs to the product
-    fuse_gate.GEGLU,
-    fuse_gate.GEGLU_TANH,
-    fuse_bias_activation.RULE,
 )
