@@ -18,7 +18,6 @@ from rich.text import Text
 from paretorch.cost_model.measure import ratio
 from paretorch.cost_model.quality import Drop
 from paretorch.fusion import RUNTIME
-from paretorch.ir.graph import Graph
 from paretorch.ir.ops import is_op
 from paretorch.ir.protocols import Measurement
 from paretorch.ledger import Entry
@@ -86,7 +85,7 @@ class Report:
             half_width=drop.half_width if drop else None,
             samples=drop.n if drop else None,
             attention=sum(is_op(node, "attention") for node in session.normalized.calls),
-            plan_lines=(*str(plan).splitlines()[1:], *_regions(session, plan, graph)),
+            plan_lines=(*str(plan).splitlines()[1:], *_regions(session, contender)),
             timings=_timings(measured),
             entries=tuple(session.ledger),
             notes=_notes(session),
@@ -147,9 +146,11 @@ class Report:
         return Group(*parts)
 
 
-def _regions(session: Session, plan: Plan, graph: Graph) -> tuple[str, ...]:
-    """What runs as one generated kernel, if that is how the plan runs."""
-    return tuple(f"  {line}" for line in str(session.fusion.plan(graph)).splitlines()) if plan.runtime == RUNTIME else ()
+def _regions(session: Session, contender: Contender | None) -> tuple[str, ...]:
+    """What runs as one generated kernel, if that is how the outcome runs."""
+    if contender is None or contender.runtime != RUNTIME:
+        return ()
+    return tuple(f"  {line}" for line in str(session.fusion.plan(contender.graph)).splitlines())
 
 
 def _notes(session: Session) -> tuple[str, ...]:
