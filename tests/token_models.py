@@ -397,5 +397,4 @@ NAMES = tuple(_ENTRIES)
 
 def make(name: str, batch: int = 2) -> tuple[nn.Module, tuple[Any, ...]]:
     """One model, with its inputs."""
-    model, inputs = _ENTRIES[name]
-    return model(), inputs(batch)
+    return _ENTRIES[name][0](), _ENTRIES[name][1](batch)
