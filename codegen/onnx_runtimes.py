@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from paretorch.codegen.onnx.export import LARGEST_INLINE, OnnxModel, to_onnx
 from paretorch.codegen.reduced import covers_products, half_node, without_reduced
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
+from paretorch.ir.hash import constants_in_order, structural_hash
 from paretorch.ir.protocols import Executable
 from paretorch.ir.types import DTYPE_NAMES
 
@@ -134,18 +135,25 @@ def _refilled(graph: Graph, run: Callable[[Sequence[Tensor]], list[Tensor]]) -> 
     return execute
 
 
-_RECENT: list[tuple[weakref.ref[Graph], OnnxModel]] = []
+_RECENT: list[tuple[weakref.ref[Graph], Hashable, OnnxModel]] = []
 
 
 def _model(graph: Graph) -> OnnxModel:
     """The graph's ONNX model; the last two are kept while their graphs live, since both runtimes take the same one and exporting takes seconds."""
-    for reference, model in _RECENT:
-        if reference() is graph:
+    key = _key(graph)
+    for reference, known, model in _RECENT:
+        if reference() is not None and known == key:
             return model
     model = to_onnx(graph)
     _RECENT[:] = [entry for entry in _RECENT if entry[0]() is not None][-1:]
-    _RECENT.append((weakref.ref(graph), model))
+    _RECENT.append((weakref.ref(graph), key, model))
     return model
+
+
+def _key(graph: Graph) -> Hashable:
+    """Equal for graphs of the same function, over the same constants, with inputs of the same names."""
+    places = tuple((tensor.data_ptr(), tensor.stride()) for tensor in map(graph.constants.__getitem__, constants_in_order(graph)))
+    return structural_hash(graph), places, tuple(str(node.target) for node in graph.inputs)
 
 
 def _no_onnx_form(graph: Graph | None) -> str | None:

@@ -1,7 +1,8 @@
 """What an op that is defined by other ops runs as: those ops, with types, so that its price is theirs.
 
 One kernel's price would be too low: local attention is a lookup of keys, a mask and an attention, each a pass over memory and a launch.
-Tracing a definition takes 50 to 100 ms, and each layer of a plan that merges tokens has its own number of them, so large sizes are rounded.
+Tracing a definition takes 50 to 300 ms, and each layer of a plan that merges tokens has its own number of them, so large sizes are rounded, and what
+was traced is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from paretorch.cost_model.work import number, sizes
 from paretorch.ir.ops import op_of
 
-ROUNDED, STEP = 64, 8  # sizes from the first on stand for the nearest multiple of the second
+ROUNDED = 64  # sizes from here on stand for the next of sixteen to an octave; a smaller one might not hold what a count takes from it
+TRACED = 512  # definitions that are kept: of a search on one model some dozens
+
+_traced: dict[Any, list[tuple[Node, bool]]] = {}
 
 
 def is_defined(node: Node) -> bool:
@@ -28,6 +32,15 @@ def is_defined(node: Node) -> bool:
 
 def calls_of(node: Node) -> list[tuple[Node, bool]]:
     """The calls that this one stands for, at the example's sizes as `key_of` rounds them, and whether each depends on a tensor that it is given."""
+    key = key_of(node)
+    if key not in _traced:
+        while len(_traced) >= TRACED:
+            _traced.pop(next(iter(_traced)))
+        _traced[key] = _trace(node)
+    return _traced[key]
+
+
+def _trace(node: Node) -> list[tuple[Node, bool]]:
     op, operands = op_of(node), node.all_input_nodes
     assert op is not None and op.definition is not None  # asked by is_defined  # noqa: PT018
     definition = op.definition
@@ -67,4 +80,5 @@ def _operands(node: Node) -> list[Any]:
 
 
 def _rounded(size: int) -> int:
-    return size if size < ROUNDED else STEP * round(size / STEP)
+    step = 1 if size < ROUNDED else 2 ** (size.bit_length() - 5)
+    return -(-size // step) * step

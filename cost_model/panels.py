@@ -79,18 +79,24 @@ def compile_panels(runtimes: Mapping[str, Runtime], thorough: bool, place: str, 
         probes = chosen if dtype == "f32" else tuple(probe for probe in chosen if probe.half)
         if dtype == "f32" and place == "cpu" and cache_bytes() <= LARGEST_COLD_BYTES:
             probes = (*probes, cold_probe(cache_bytes(), dtype))
+        able = {}
         for name, runtime in runtimes.items():
             refusal = runtime.refuses(_graph(probes[:1], dtype, dtype != "f32", TINY_ROWS, place))
-            if refusal is not None:
+            if refusal is None:
+                able[name] = runtime
+            else:
                 problems[f"{name} {dtype}"] = refusal
-                continue
+        for name, runtime in able.items():
             if name in cheap:
                 found += [_compile(name, runtime, (probe,), dtype, place, problems, TINY_ROWS) for probe in probes]
             elif thorough or dtype == "f32":  # else blocks alone; rates follow from those at f32
                 few = tuple(probe for probe in probes if dtype == "f32" or probe.repeats <= SHORT_CHAIN)
                 found += _compile_or_halve(name, runtime, few, dtype, place, problems)
-            wholes = [(whole, rows) for whole in WHOLES for rows in (whole.rows if name in cheap else whole.rows[-1:])]
-            found += [_compile(name, runtime, (whole,), dtype, place, problems, rows) for whole, rows in wholes]
+        for whole in WHOLES:
+            for name, runtime in able.items():
+                found += [
+                    _compile(name, runtime, (whole,), dtype, place, problems, rows) for rows in whole.rows[0 if name in cheap else -1 :]
+                ]
     _graph.cache_clear()
     return [made for made in found if made is not None]
 

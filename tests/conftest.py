@@ -1,4 +1,4 @@
-"""Set-up of all tests: triton's interpreter, two threads, golden files, and the long runs that wait for --slow."""
+"""Set-up of all tests: triton's interpreter, threads, golden files, and the long runs that wait for --slow."""
 
 import os
 
@@ -13,7 +13,7 @@ import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two processes of two threads wait for each other on two cores
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

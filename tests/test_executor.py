@@ -36,7 +36,7 @@ def searched(executor: Executor | None, budget: Budget | None = None) -> paretor
         data = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in data]
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         patch.setenv("PARETORCH_CACHE", folder)  # else what an earlier search measured would be read from there
-        options = {"rules": ["layer_skipping", "token_merging"], "data": data, "executor": executor}
+        options = {"rules": ["layer_skipping", "tome"], "data": data, "executor": executor}
         return paretorch.optimize(model, inputs, target=DEVICE, budget=budget or Budget(drift=0.2), **options)
 
 
