@@ -30,7 +30,7 @@ from paretorch.metrics import top1
 SEEDS = 10  # of each model
 THIRD = 2_000  # samples that the search never sees
 MAX_DROP = 0.01
-SEARCH_SECONDS = 60.0
+SEARCH_SECONDS = 120.0
 
 Samples = tuple[tuple[Tensor, ...], Tensor]  # inputs and labels of all samples
 

@@ -12,6 +12,7 @@ Same candidates, same evidence, same seed: the same points, to the byte.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from paretorch.stages import Stages
 
 PROBE_SAMPLES = 16
 GROUP = 8  # sites that are measured together, so that an executor has something to spread
+SITES_SHARE = 0.5  # of the time left, in which sites are measured alone; the rest is for plans
 REFINEMENTS = 8
 WIDE_SHARE = 0.2  # of the budget: what a rewrite of the whole model may lose to be part of every plan
 BUDGET_SHARES = (1.0, 0.5, 0.25)  # the frontier is explored at these parts of the budget, for `choose`
@@ -180,14 +182,16 @@ def _is_dominated(state: _State) -> bool:
 
 def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
     """Every candidate alone: predicted saving at each knob value, drift measured at one of them and scaled to the others."""
-    problem, moves = state.problem, []
+    problem, until = state.problem, state.problem.stages.share_of_rest(SITES_SHARE)
+    candidates = _in_turn(problem.candidates)
+    moves: dict[int, list[Move]] = {}
     savings = Savings(problem.candidates, problem.pricing or _one_by_one(problem, base_seconds))
-    for start in range(0, len(problem.candidates), GROUP):
-        problem.stages.tell("measure sites", start, len(problem.candidates))
-        if problem.stages.is_over:
-            _leave_unmeasured(problem, problem.candidates[start:])
+    for start in range(0, len(candidates), GROUP):
+        problem.stages.tell("measure sites", start, len(candidates))
+        if problem.stages.elapsed >= until:
+            _leave_unmeasured(problem, candidates[start:])
             break
-        group = [(c, knobs) for c in problem.candidates[start : start + GROUP] if (knobs := _usable_knobs(state, savings, c, base_seconds))]
+        group = [(c, knobs) for c in candidates[start : start + GROUP] if (knobs := _usable_knobs(state, savings, c, base_seconds))]
         middles = [knobs[len(knobs) // 2] for _, knobs in group]
         chosen = [_choice(candidate, middle[0]) for (candidate, _), middle in zip(group, middles, strict=True)]
         drifts = problem.drifts(chosen, PROBE_SAMPLES)
@@ -196,10 +200,21 @@ def _measure_moves(state: _State, base_seconds: float) -> list[Move]:
                 problem.record("failed", choice, drift, middle[1], None)
                 continue
             problem.evidence[f"drift {choice}"] = drift
+            found = moves.setdefault(id(candidate), [])
             for knob, saved in knobs:
-                moves.append(Move(_choice(candidate, knob), saved, drift * max(saved, 1e-12) / max(middle[1], 1e-12)))
-                problem.record("not taken", moves[-1].choice, "other choices save more for the same loss", saved, drift)
-    return moves
+                found.append(Move(_choice(candidate, knob), saved, drift * max(saved, 1e-12) / max(middle[1], 1e-12)))
+                problem.record("not taken", found[-1].choice, "other choices save more for the same loss", saved, drift)
+    return [move for candidate in problem.candidates for move in moves.get(id(candidate), ())]
+
+
+def _in_turn(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those of the whole model first, then a site of each rule in turn, from far apart to close: what a short time leaves out is spread."""
+    counts: Counter[str] = Counter()
+    ranked = []
+    for place, candidate in enumerate(candidates):
+        number, counts[candidate.rule.name] = counts[candidate.rule.name], counts[candidate.rule.name] + 1
+        ranked.append((candidate.site.name != "model", int(f"{number:032b}"[::-1], 2), place))
+    return [candidates[place] for *_, place in sorted(ranked)]
 
 
 def _one_by_one(problem: Problem, base_seconds: float) -> Pricing:
@@ -212,7 +227,9 @@ def _one_by_one(problem: Problem, base_seconds: float) -> Pricing:
 def _leave_unmeasured(problem: Problem, candidates: Sequence[Candidate]) -> None:
     for candidate in candidates:
         choice = _choice(candidate, candidate.knobs[-1])
-        problem.record("not taken", choice, "the time limit had passed before it could be measured", None, None)
+        problem.record(
+            "not taken", choice, "the time for measuring sites had passed before its turn; a longer time_limit reaches it", None, None
+        )
 
 
 def _usable_knobs(state: _State, savings: Savings, candidate: Candidate, base_seconds: float) -> list[tuple[Knob, float]]:

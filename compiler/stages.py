@@ -42,3 +42,7 @@ class Stages:
     def is_over(self) -> bool:
         """Whether the time limit has passed; acted on between evaluations only."""
         return self.time_limit is not None and self.elapsed >= self.time_limit
+
+    def share_of_rest(self, share: float) -> float:
+        """The `elapsed` at which this share of the time that is left will have passed; infinity without a limit."""
+        return float("inf") if self.time_limit is None else self.elapsed + share * max(self.time_limit - self.elapsed, 0.0)

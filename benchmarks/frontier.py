@@ -1,0 +1,291 @@
+"""The frontier of the rules that make tokens fewer: quality on samples that no search saw against measured speed.
+
+    python benchmarks/frontier.py                    # writes benchmarks/results/frontier.json and .md, and docs/frontier.png
+    python benchmarks/frontier.py --models minilm --samples 400 --rounds 5
+
+Each rule takes the same share of the tokens after every layer, at four strengths; the selection finds a number for each layer, on its own data, with
+`tome` alone and with all rules of the family. All plans of a model run on ONNX Runtime at f32 and in one race with an A/A row, so their speeds
+can be compared. Drops are paired with the original on the same samples, with half widths of 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.run import RESULTS, environment
+from paretorch import Budget
+from paretorch.capture import capture
+from paretorch.codegen.runtimes import RUNTIMES
+from paretorch.cost_model.devices import Target
+from paretorch.cost_model.measure import AGAIN, again, race, ratio
+from paretorch.cost_model.quality import paired_drop
+from paretorch.exact import apply_exact
+from paretorch.ir.analyze import analyze
+from paretorch.ir.errors import PlanError
+from paretorch.ir.graph import Graph
+from paretorch.metrics import top1
+from paretorch.rewrites import RULES
+from paretorch.rewrites.apply import Candidate, apply_choice, propose
+from paretorch.rewrites.normalize import normalize
+from paretorch.search import frontier, search
+from paretorch.session import Session, open_session
+from paretorch.settle import settle_exact
+from paretorch.stages import Stages
+
+RUNTIME = "onnxruntime"
+STRENGTHS = 4  # of a constant step in every layer
+SHARES = (0.02, 0.04, 0.08, 0.12)  # of the tokens of the model, in every layer
+WAYS = {"selected tome": ("tome",), "selected": ("tome", "pitome", "tofu", "evit", "divprune")}
+SELECTED = 4  # plans of a selection's frontier that are measured
+EVALUATIONS = 30
+SAMPLES, RANKING = 2_000, 600  # that no search sees; that the selection ranks on
+ROUNDS = 15
+ORIGINAL = "original"
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: ranking: data of the selection's budget; scores: of a callable on samples that no search saw, f64[n], higher is better."""
+
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    budget: Budget
+    ranking: Sequence[Any]
+    scores: Callable[[Run], Tensor]
+    quality: str
+
+
+def classified(model: nn.Module, inputs: tuple[Tensor, ...], data: Sequence[Any], samples: int, max_drop: float) -> Subject:
+    """A subject of (inputs, labels) batches and top-1."""
+    size = len(data[0][1])
+    first = RANKING // size
+    ranking, third = [data[i] for i in range(first)], [data[i] for i in range(first, min(len(data), first + samples // size))]
+
+    def scores(run: Run) -> Tensor:
+        return torch.cat([top1(run(*given), labels) for given, labels in third])
+
+    return Subject(model, inputs, Budget(metric=top1, max_drop=max_drop), ranking, scores, "top-1")
+
+
+def demo(samples: int) -> Subject:
+    """The vision transformer that ships with the package, 197 tokens."""
+    from paretorch.demo.run import test_images, trained_model
+
+    images, labels = test_images()
+    data = [((images[i : i + 16],), labels[i : i + 16]) for i in range(0, len(images) - 15, 16)]
+    return classified(trained_model(), data[0][0], data, samples, 0.04)
+
+
+def dinov2(samples: int, side: int = 154) -> Subject:
+    """DINOv2-S with its probe, 122 tokens at 154 pixels, 257 at 224."""
+    from benchmarks.workloads import dinov2 as workload
+
+    pixels, labels = workload.fashion_mnist("t10k")
+    count = min(len(pixels), RANKING + samples) // 4 * 4
+    data = [((workload.preprocess(pixels[i : i + 4], side),), torch.from_numpy(labels[i : i + 4])) for i in range(0, count, 4)]
+    return classified(workload.classifier(side), data[0][0], data, samples, 0.04)
+
+
+def minilm(samples: int, length: int = 64) -> Subject:
+    """MiniLM with its sentiment probe, padded sentences."""
+    from benchmarks.workloads import minilm as workload
+
+    texts, labels = workload.sentences()
+    rest = slice(workload.TRAINING_SENTENCES, workload.TRAINING_SENTENCES + RANKING + samples)
+    ids, mask = workload.encode(texts[rest], length)
+    labels = labels[rest]
+    data = [((ids[i : i + 8], mask[i : i + 8]), labels[i : i + 8]) for i in range(0, len(ids) - 7, 8)]
+    return classified(workload.classifier(), data[0][0], data, samples, 0.04)
+
+
+def whisper(_: int) -> Subject:
+    """Whisper tiny.en's encoder, 1,500 tokens; 11 clips: the selection ranks on divergences, the table counts words."""
+    from benchmarks.workloads import whisper as workload
+
+    case = workload.cases()[0]
+
+    def scores(run: Run) -> Tensor:
+        found = []
+        for features, text in workload.clips():
+            heard, said = workload.words(workload.transcribe(run(features))), workload.words(text)
+            found += [-workload.edits(said, heard) / len(said)] * len(said)  # a row per word, so that clips count by their length
+        return torch.tensor(found, dtype=torch.float64)
+
+    budget = Budget(evaluate=workload.token_divergence, max_drop=0.5)
+    return Subject(case.model, case.inputs, budget, list(range(len(workload.clips()))), scores, "words right (not beyond 11 clips)")
+
+
+MODELS: dict[str, Callable[[int], Subject]] = {
+    "demo ViT, 197 tokens": demo,
+    "DINOv2-S, 122 tokens": dinov2,
+    "DINOv2-S, 257 tokens": lambda samples: dinov2(samples // 2, 224),
+    "MiniLM, 64 tokens": minilm,
+    "Whisper tiny.en encoder, 1,500 tokens": whisper,
+}
+
+
+def opened(subject: Subject) -> tuple[Session, list[Candidate]]:
+    """A session with the exact plan, and all candidates that make tokens fewer."""
+    program = capture(subject.model, subject.inputs)
+    rules = tuple(rule for rule in RULES if rule.is_exact or rule.family == "token_merging")
+    target = Target.parse(f"cpu:{RUNTIME}")
+    session = open_session(program, normalize(program.graph), target, subject.budget, subject.ranking, Stages(None, None), rules, 0, None)
+    apply_exact(session)
+    candidates = propose(session.exact, analyze(session.exact), session.lossy)[0]
+    session.exact_result = settle_exact(session)
+    return session, candidates
+
+
+def constant(session: Session, candidates: Sequence[Candidate]) -> dict[str, Graph]:
+    """Plans by name: each form of each rule with the same step in every layer, at the shares of `SHARES` or what of its knob is nearest."""
+    found: dict[str, Graph] = {}
+    sites: dict[tuple[str, int], list[Candidate]] = {}
+    for candidate in candidates:
+        earlier = sum(1 for (name, form) in sites if name == candidate.rule.name and candidate.site.name in _names(sites[name, form]))
+        sites.setdefault((candidate.rule.name, earlier), []).append(candidate)
+    for (name, form), places in sites.items():
+        for share in SHARES:
+            knob = _knob(places[0], share, _tokens(session.exact, places[0]))
+            graph = session.exact
+            for place in places:
+                try:
+                    graph = apply_choice(place.rule, graph, place.site.name, knob)
+                except PlanError:
+                    break  # earlier layers left too few: the rest stays as it is
+            found[f"{name}{'' if form == 0 else f' (form {form + 1})'} at {knob}"] = graph
+    return found
+
+
+def _names(places: Sequence[Candidate]) -> set[str]:
+    return {place.site.name for place in places}
+
+
+def _tokens(graph: Graph, candidate: Candidate) -> int:
+    axis = next(axis for axis in analyze(graph).axes.tokens if candidate.site.name in axis.mixers)
+    return int(axis.atom.size)
+
+
+def _knob(candidate: Candidate, share: float, tokens: int) -> Any:
+    """The value for this share of the tokens: counts are that number itself, shares the nearest that the rule offers."""
+    if all(isinstance(value, int) for value in candidate.knobs):
+        return max(1, round(share * tokens))
+    return min(candidate.knobs, key=lambda value: (abs(abs(float(value or 0)) - share), str(value)))
+
+
+def selected(session: Session, candidates: Sequence[Candidate], way: str) -> dict[str, Graph]:
+    """Plans by name: of what the search found with these rules, the frontier at some speeds."""
+    own = [candidate for candidate in candidates if candidate.rule.name in WAYS[way]]
+    points = search(replace(session.problem(own), max_evaluations=EVALUATIONS))
+    best = [point for point in frontier(points) if point.choices]
+    print(way, [(f"{point.predicted * 1e3:.2f} ms", round(point.loss, 4)) for point in best], flush=True)
+    few = best if len(best) <= SELECTED else [best[round(i * (len(best) - 1) / (SELECTED - 1))] for i in range(SELECTED)]
+    return {f"{way} {number + 1}": session.apply(point.choices) for number, point in enumerate(few)}
+
+
+def measure(name: str, samples: int, rounds: int) -> dict[str, Any]:
+    """Rows of one model."""
+    subject = MODELS[name](samples)
+    session, candidates = opened(subject)
+    plans = {ORIGINAL: session.exact, **constant(session, candidates)}
+    for way in WAYS:
+        plans |= selected(session, candidates, way)
+    runs: dict[str, Run] = {}
+    scores: dict[str, Tensor] = {}
+    program = session.program
+    for plan, graph in plans.items():
+        execute = RUNTIMES[RUNTIME].compile(graph, program.example)
+        runs[plan] = lambda *inputs, execute=execute: program.unflatten(execute(*inputs))
+        scores[plan] = subject.scores(runs[plan])
+        print(f"{name}: {plan}: {float(scores[plan].mean()):.4f} of {len(scores[plan])}", flush=True)
+    calls = {plan: (lambda run=run: run(*subject.inputs)) for plan, run in runs.items()}
+    seconds = race(again(calls, ORIGINAL), rounds)
+    rows = []
+    for plan in calls:
+        drop = paired_drop(scores[ORIGINAL], scores[plan])
+        times = ratio(seconds[ORIGINAL], seconds[plan])
+        rows.append({
+            "plan": plan, "milliseconds": seconds[plan].seconds * 1e3, "times": times.value, "interval": [times.low, times.high],
+            "score": float(scores[plan].mean()), "drop": drop.mean, "half width": drop.half_width, "n": drop.n,
+            "predicted times": session.predicted(session.exact, RUNTIME) / session.predicted(plans[plan], RUNTIME),
+        })  # fmt: skip
+    same = ratio(seconds[ORIGINAL], seconds[ORIGINAL + AGAIN])
+    return {"rows": rows, "A/A": [same.value, same.low, same.high], "quality": subject.quality}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    about = environment()
+    lines = [
+        "# Quality against measured speed of the rules that make tokens fewer", "",
+        "`rule at knob`: the same step after every layer; `selected`: a step of its own for each layer, found on other data by predicted seconds and",
+        f"measured loss, with `tome` alone or all rules of the family. Times faster: measured in one race on ONNX Runtime at f32. {about['cpu']},",
+        f"{about['threads']} threads, {about['date']}. Drops in points, paired, with half widths of 95 % intervals.",
+    ]  # fmt: skip
+    for name, model in found.items():
+        low, high = model["A/A"][1:]
+        lines += ["", f"## {name}", "", f"A/A: {model['A/A'][0]:.3f} ({low:.3f} to {high:.3f}). Quality: {model['quality']}.", ""]
+        lines += ["| plan | times faster | predicted | score | drop | n |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"| {row['plan']} | {row['times']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f}) | {row['predicted times']:.2f} "
+            f"| {100 * row['score']:.2f} | {100 * row['drop']:.2f} ± {100 * row['half width']:.2f} | {row['n']:,} |"
+            for row in model["rows"]
+        ]
+    return "\n".join([*lines, ""])
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """A panel for each model: drop against times faster, a line for each rule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(5 * len(found), 4.5), squeeze=False)
+    for panel, (name, model) in zip(panels[0], found.items(), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in model["rows"]:
+            rule = row["plan"].rsplit(" ", 2 if " at " in row["plan"] else 1)[0]
+            lines.setdefault(rule, []).append((row["times"], 100 * row["drop"]))
+        for rule, places in lines.items():
+            if rule != ORIGINAL:
+                panel.plot(*zip(*sorted(places), strict=True), marker="o" if rule.startswith("selected") else ".", label=rule)
+        panel.set(title=name, xlabel="times faster, measured", ylabel=f"drop of {model['quality']}, points")
+        panel.invert_yaxis()
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help=f"parts of names of {', '.join(MODELS)}")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    args = parser.parse_args()
+    kept = RESULTS / "frontier.json"
+    is_full = (args.samples, args.rounds) == (SAMPLES, ROUNDS)
+    found = json.loads(kept.read_text())["found"] if is_full and kept.exists() else {}
+    for name in (name for name in MODELS if any(part in name for part in args.models)):
+        found[name] = measure(name, args.samples, args.rounds)
+        print(markdown({name: found[name]}), flush=True)
+        if is_full:
+            RESULTS.mkdir(exist_ok=True)
+            kept.write_text(json.dumps({"found": found, **environment()}, indent=1) + "\n")
+            kept.with_suffix(".md").write_text(markdown(found))
+            plot(found, RESULTS.parent.parent / "docs" / "frontier.png")
+
+
+if __name__ == "__main__":
+    main()
