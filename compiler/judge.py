@@ -15,6 +15,7 @@ from paretorch.data import Batch, Split, map_outputs
 from paretorch.ir.errors import BudgetError, LoweringError
 from paretorch.ir.protocols import Executable
 from paretorch.metrics import CorpusMetric
+from paretorch.spread import running_plan
 
 FIRST_LOOK = 128  # samples after which a plan may be found clearly within the budget, or clearly not
 
@@ -72,7 +73,8 @@ class Judge:
         if self.budget.evaluate is not None:
             items = _first(self.split.ranking, samples)
             return float(self._losses(items, [self._record(execute, item) for item in items]).mean())
-        return _mean_drift(execute, self.probe(samples))
+        with torch.no_grad():
+            return _mean_drift(execute, self.probe(samples))
 
     def probe(self, samples: int) -> list[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]:
         """(inputs, outputs of the original, count) of the first ranking batches: what `drift_of` needs in another process."""
@@ -138,17 +140,16 @@ class Judge:
 
 
 def _mean_drift(execute: Executable, probe: Sequence[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]) -> float:
-    with torch.no_grad():
-        parts = [drift("relative", expected, execute(*inputs))[:count] for inputs, expected, count in probe]
-    return float(torch.cat(parts).mean())
+    return float(torch.cat([drift("relative", expected, execute(*inputs))[:count] for inputs, expected, count in probe]).mean())
 
 
 def drift_of(execute: Executable, probe: Sequence[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]) -> float | str:
     """Mean relative drift of a graph, or the first line of what torch said; a plain function, so that any executor can run it."""
     try:
-        return _mean_drift(execute, probe)
-    except (RuntimeError, NotImplementedError) as error:
-        return f"torch cannot run this plan: {str(error).splitlines()[0]}"
+        with running_plan():
+            return _mean_drift(execute, probe)
+    except LoweringError as error:
+        return str(error)
 
 
 def _first(items: Sequence[Any], samples: int | None) -> Sequence[Any]:

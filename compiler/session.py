@@ -36,7 +36,7 @@ from paretorch.pricing import pricing_of
 from paretorch.rewrites.apply import Candidate, apply_choice
 from paretorch.rewrites.rule import Refusal, Rule
 from paretorch.search import BUDGET_SHARES, ConflictError, Point, Problem, search
-from paretorch.spread import Ahead, Sent, between_looks, spread
+from paretorch.spread import Ahead, Sent, between_looks, running_plan, spread
 from paretorch.stages import Stages
 
 ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
@@ -206,11 +206,8 @@ class Session:
         module = graph.module()
 
         def execute(*inputs: torch.Tensor) -> tuple[Any, ...]:
-            try:
-                with torch.no_grad():
-                    return module(*inputs)  # type: ignore[no-any-return]
-            except (RuntimeError, NotImplementedError) as error:
-                raise LoweringError(f"torch cannot run this plan: {str(error).splitlines()[0]}") from error
+            with running_plan():
+                return module(*inputs)  # type: ignore[no-any-return]
 
         return execute
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import pickle
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -244,7 +245,17 @@ def _key(inputs: Sequence[Tensor]) -> tuple[int, ...]:
 def outputs_of(graph: Sent, batches: Sequence[Inputs]) -> list[tuple[Any, ...]] | str:
     """Flat outputs of each batch, or the first line of what torch said; a plain function, so that any executor can run it."""
     try:
-        with torch.no_grad():
+        with running_plan():
             return [graph(*inputs) for inputs in batches]
+    except LoweringError as error:
+        return str(error)
+
+
+@contextmanager
+def running_plan() -> Iterator[None]:
+    """Without gradients; what torch raises because it cannot run a plan's graph is a LoweringError with its first line."""
+    try:
+        with torch.no_grad():
+            yield
     except (RuntimeError, NotImplementedError) as error:
-        return f"torch cannot run this plan: {str(error).splitlines()[0]}"
+        raise LoweringError(f"torch cannot run this plan: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
