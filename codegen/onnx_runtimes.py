@@ -18,8 +18,9 @@ from paretorch.codegen.onnx.export import LARGEST_INLINE, OnnxModel, to_onnx
 from paretorch.codegen.reduced import covers_products, half_node, without_reduced
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
-from paretorch.ir.hash import constants_in_order, structural_hash
+from paretorch.ir.hash import structural_hash
 from paretorch.ir.protocols import Executable
+from paretorch.ir.text import constants_in_order
 from paretorch.ir.types import DTYPE_NAMES
 
 
