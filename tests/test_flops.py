@@ -265,6 +265,27 @@ def test_token_matching_by_hand():
     assert counted(lambda: graph.run(*zeros(graph))) == cosines + one_hot
 
 
+def test_scoped_merging_by_hand():
+    """Twelve tokens of width six: cosines of nine with three; windows of six, three destinations of twelve tokens in two of them."""
+
+    def match(b, x):
+        to, away = b.constant("destinations", torch.tensor([0, 4, 8])), b.constant("sources", torch.tensor([1, 2, 3, 5, 6, 7, 9, 10, 11]))
+        return b.item(b.match_to_places(x, None, to, away, 4), 0)
+
+    graph = graph_of(match, (2, 12, 6))
+    assert flops(graph) == counted(lambda: graph.run(*zeros(graph))) == 2 * 2 * 9 * 3 * 6
+
+    def share(b, x):
+        shares = b.assign_tokens(x, None, b.constant("windows", torch.arange(12).reshape(2, 6)), 3, 0, 0.1)
+        return b.unmerge_by_map(b.item(b.merge_by_map(x, shares), 0), shares)
+
+    graph = graph_of(share, (2, 12, 6))
+    cosines, scores, products = 2 * 2 * 2 * 6 * 6 * 6, 2 * 2 * 6 * 12 * 6, 2 * (2 * 2 * 6 * 12 * 6)
+    steps = 4 * (2 * 2 * 6 * 6) * 3
+    assert counted(lambda: graph.run(*zeros(graph))) == cosines + scores + products
+    assert flops(graph) == cosines + scores + products + steps
+
+
 # light ops: what each element takes, spelled out
 
 X = (3, 4, 6)

@@ -147,9 +147,10 @@ def test_merged_tokens_have_no_distance() -> None:
     assert [site.name for site in found] == ["attention"]  # the one before the merge
     assert "were merged by match_tokens" in refusals[0].reason
     local = apply(SLIDING, graph, Site("attention_1"), 16)
-    _, refusals = offered(tome.RULE, local)
+    found, refusals = offered(tome.RULE, local)
+    assert [site.name for site in found] == ["attention"]  # its tokens are brought back before the window
     assert "local_attention (blocks.1.mix, zoo.py" in refusals[0].reason
-    assert "attends to a window of places" in refusals[0].reason
+    assert "is local already" in refusals[0].reason
     assert "positions" in tome.RULE.invalidates & SLIDING.reads
 
 

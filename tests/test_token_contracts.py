@@ -15,7 +15,7 @@ from paretorch.capture import capture
 from paretorch.conflicts import Conflicts
 from paretorch.ir.builder import Builder
 from paretorch.ir.errors import PlanError
-from paretorch.ir.graph import Graph
+from paretorch.ir.graph import Graph, tensor_type
 from paretorch.ir.ops import is_op
 from paretorch.ir.ops.tokens import is_match, is_reduction, source_map
 from paretorch.offers import offers
@@ -62,26 +62,29 @@ class Reader(nn.Module):
         torch.manual_seed(0)
         self.blocks, self.norm, self.read = nn.ModuleList(Block(8, 2) for _ in range(2)), nn.LayerNorm(8), read
 
-    def forward(self, x: Tensor, seen: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor | None = None, weight: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         mask = None if seen is None else (1.0 - seen[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
         for block in self.blocks:
             x = block(x, mask)
         x = self.norm(x)
         if weight is not None:
             return x[:, 0] + (x * weight[..., None]).sum(1)
+        if self.read == "dense":
+            return x, x[:, 0]
         return x[:, 0] if self.read == "class" else x[:, 0] + x.mean(1)
 
 
 @cache
 def captured(name: str, T: int = 17) -> tuple[Graph, tuple[Tensor, ...]]:
-    """A graph in float64 with inputs of a batch of 3: of the zoo, or a Reader that is plain, masked or weighted."""
+    """A graph in float64 with inputs of a batch of 3: of the zoo, or a Reader that is plain, masked or masked and weighted."""
     torch.manual_seed(1)
-    if name in ("class", "class and mean", "weighted"):
+    if name in ("class", "class and mean", "dense", "masked", "weighted"):
         inputs: tuple[Tensor, ...] = (torch.randn(3, T, 8, dtype=torch.float64),)
+        seen = (torch.arange(T) < torch.tensor([[T], [T - 5], [T - 9]])).long()
         if name == "weighted":
-            seen = (torch.arange(T) < torch.tensor([[T], [T - 5], [T - 9]])).long()
             inputs = (*inputs, seen, torch.rand(3, T, dtype=torch.float64) * seen)
-        model: nn.Module = Reader(name)
+        model: nn.Module = Reader("dense" if name == "masked" else name)
+        inputs = (*inputs, seen) if name == "masked" else inputs
     else:
         model, inputs = make(name, T=T)
         inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
@@ -134,7 +137,7 @@ def test_golden(rule: Rule, golden: Callable[[str], None]) -> None:
 
 
 @pytest.mark.parametrize("variant", MERGING)
-@pytest.mark.parametrize("read", ["class", "class and mean"])
+@pytest.mark.parametrize("read", ["class", "class and mean", "dense"])
 def test_equal_tokens_merge_exactly(variant: str, read: str) -> None:
     graph, _ = captured(read, 9)
     first, pairs = torch.randn(3, 1, 8, dtype=torch.float64), torch.randn(3, 4, 8, dtype=torch.float64)
@@ -142,9 +145,20 @@ def test_equal_tokens_merge_exactly(variant: str, read: str) -> None:
         pairs = pairs[:, :1].expand(-1, 4, -1)
     x = torch.cat([first, pairs.repeat_interleave(2, 1)], 1)
     merged = after(graph, variant, "attention", free=8)
-    wanted = graph.run(x)[0]
-    torch.testing.assert_close(merged.run(x)[0], wanted, **EXACT)
-    assert (without_size_bias(merged).run(x)[0] - wanted).abs().max() > 1e-6
+    for found, forgetful, wanted in zip(merged.run(x), without_size_bias(merged).run(x), graph.run(x), strict=True):
+        torch.testing.assert_close(found, wanted, **EXACT)
+        assert (forgetful - wanted).abs().max() > 1e-6
+
+
+@every_variant
+def test_dense_outputs_give_each_token_the_row_that_stands_for_it(variant: str) -> None:
+    graph, inputs = captured("dense")
+    fewer = after(graph, variant, "attention", "attention_1")
+    assert [is_op(node, "unmerge_tokens") for node in fewer.calls].count(True) == 1
+    assert [tensor_type(node) for node in fewer.outputs] == [tensor_type(node) for node in graph.outputs]
+    tokens, first = fewer.run(*inputs)
+    assert torch.equal(tokens[:, 0], first)
+    assert [len(rows.unique(dim=0)) for rows in tokens] == [17 - 8] * 3
 
 
 @every_variant
@@ -169,6 +183,15 @@ def test_padding_goes_first_so_that_a_padded_row_is_what_it_was(variant: str) ->
     other = torch.where(seen == 1, ids, (ids + 7) % 31)
     torch.testing.assert_close(fewer.run(other, seen)[0], found, **EXACT)
     assert (found - graph.run(ids, seen)[0])[0].abs().max() > 1e-6
+
+
+@every_variant
+def test_what_padding_holds_changes_no_dense_output(variant: str) -> None:
+    graph, (x, seen) = captured("masked")
+    graph = after(graph, variant, "attention", "attention_1")
+    real = seen.bool()
+    one, two = (graph.run(given, seen)[0] for given in (x, torch.where(real[..., None], x, x + 3)))
+    torch.testing.assert_close(one[real], two[real], **EXACT)
 
 
 @every_variant
@@ -201,7 +224,7 @@ def test_composed_maps_reconstruct_every_index(variant: str) -> None:
     assert torch.equal(size, counts.double()) or variant not in MERGING
 
 
-@pytest.mark.parametrize("model", ["class", "weighted"])
+@pytest.mark.parametrize("model", ["class", "dense", "weighted"])
 @every_variant
 def test_the_order_in_which_steps_are_put_in_does_not_matter(variant: str, model: str) -> None:
     graph, inputs = captured(model)
@@ -211,7 +234,8 @@ def test_the_order_in_which_steps_are_put_in_does_not_matter(variant: str, model
         forward = after(after(graph, first, "attention"), second, "attention_1")
         backward = after(after(graph, second, "attention_1"), first, "attention")
         assert [is_op(node, "merge_tokens", "keep_tokens", "merge_to_norm") for node in forward.calls].count(True) >= 2
-        torch.testing.assert_close(forward.run(*inputs)[0], backward.run(*inputs)[0], **EXACT)
+        for one, two in zip(forward.run(*inputs), backward.run(*inputs), strict=True):
+            torch.testing.assert_close(one, two, **EXACT)
 
 
 @every_variant

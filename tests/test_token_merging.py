@@ -227,20 +227,17 @@ class SequenceFirst(nn.Module):
 
 
 class Frames(nn.Module):
-    """Attention in each frame of [B, F, T, C]; over_time adds attention from frame to frame."""
+    """Attention in each frame of [B, F, T, C]."""
 
-    def __init__(self, over_time: bool = False, frame_mean: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.space, self.time = nn.ModuleList(Block(8, 2) for _ in range(2)), Block(8, 2)
-        self.over_time, self.frame_mean = over_time, frame_mean
+        self.space = nn.ModuleList(Block(8, 2) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, frames, tokens, width = x.shape
         for block in self.space:
             x = block(x.reshape(batch * frames, tokens, width)).reshape(batch, frames, tokens, width)
-        if self.over_time:
-            x = self.time(x.transpose(1, 2).reshape(batch * tokens, frames, width)).reshape(batch, tokens, frames, width).transpose(1, 2)
-        return x.mean(1).mean(1) if self.frame_mean else x.mean((1, 2))
+        return x.mean((1, 2))
 
 
 @pytest.mark.parametrize("model", [SequenceFirst(), Frames()])
@@ -291,69 +288,12 @@ def test_cross_attention_sees_sizes() -> None:
     assert after.run(spectrum, ids)[0].shape == graph.run(spectrum, ids)[0].shape
 
 
-def test_a_hidden_state_before_the_merge_is_returned_whole() -> None:
-    class Model(Plain):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.blocks[0](x)
-            hidden = x
-            return hidden, self.blocks[1](x).mean(1)
-
-    graph = graph_of(Model(), (torch.randn(2, 12, 8),))
-    found, refusals = offered(graph)
-    assert [site.name for site in found] == ["attention_1"]
-    assert "the model returns" in refusals[0].reason
-    x = torch.randn(2, 12, 8)
-    after = rewrite(graph, found[0], 4)
-    assert torch.equal(after.run(x)[0], graph.run(x)[0])
-
-
 # refusals
 
 
-def _grid(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x.transpose(1, 2).unflatten(2, (3, 4)), 3).flatten(1)
-
-
-class Biased(Plain):
-    """Relative positions: something for each pair of places in the scores of the last layer alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.randn(1, 2, 12, 12))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks[1](self.blocks[0](x), self.bias).mean(1)
-
-
-class Late(Plain):
-    """Adds a second input to the tokens at the end."""
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
-        for block in self.blocks:
-            x = block(x)
-        return (x + y).mean(1)
-
-
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str]] = {
-    "dense": (lambda: make("vit_dense", T=12), r"the model returns .* one entry for each of the 12 tokens"),
-    "causal": (lambda: make("gpt", T=12), "hides later tokens from earlier ones; merging leaks"),
-    "last token": (lambda: (Plain(read=lambda x: x[:, -1]), (torch.randn(2, 12, 8),)), "by a place that merging moves"),
-    "grid": (lambda: (Plain(read=_grid), (torch.randn(2, 12, 8),)), "splits or blends the axis of 12"),
-    "join": (lambda: (Plain(read=lambda x: torch.cat([x, x], 1).mean(1)), (torch.randn(2, 12, 8),)), "joins the 12 tokens with others"),
-    "variance": (lambda: (Plain(read=lambda x: x.var(1)), (torch.randn(2, 12, 8),)), "no form that is weighted by size"),
-    "order": (lambda: (Plain(read=lambda x: x.cumsum(1).mean(1)), (torch.randn(2, 12, 8),)), "depends on the order of the axis"),
-    "old length": (
-        lambda: (Late(), (torch.randn(2, 12, 8), torch.randn(2, 12, 8))),
-        "values of the old and of the new length meet",
-    ),
-    "positions later": (
-        lambda: (Plain(read=lambda x: (x * torch.linspace(0, 1, 12)[:, None]).mean(1)), (torch.randn(2, 12, 8),)),
-        "combines the axis with a constant",
-    ),
+    "causal": (lambda: make("gpt", T=12), "hides later tokens from earlier ones; merging tokens, or choosing which to drop, leaks"),
     "windows": (lambda: make("swin", T=8), "not one dimension beside its batch"),
-    "over time": (lambda: (Frames(over_time=True), (torch.randn(2, 3, 12, 8),)), "same place|must stay aligned"),
-    "frame mean": (lambda: (Frames(frame_mean=True), (torch.randn(2, 3, 12, 8),)), "joins rows of the batch by the places"),
-    "pairs": (lambda: (Biased(), (torch.randn(2, 12, 8),)), "says something about pairs of places"),
     "few": (lambda: make("vit_registers", T=10), "10 tokens, 4 of them read by place, leave at most 3"),
 }
 

@@ -56,7 +56,8 @@ class _Reader:
         return AxisFacts(maps, tuple(sorted(tokens, key=lambda axis: (self.order[axis.atom.born], axis.atom.number))))
 
     def _self_attended(self) -> dict[int, list[Mixer]]:
-        """Atoms of which some mixer has both its queries and its keys; a product of several, like height x width, becomes one."""
+        """Atoms of which some mixer has both its queries and its keys, or to which tokens were brought back; a product of several, like height x
+        width, becomes one."""
         found: dict[Dim, list[Mixer]] = defaultdict(list)
         for mixer in self.walk.mixers:
             query, key = self.atoms.resolve(mixer.query), self.atoms.resolve(mixer.key)
@@ -64,9 +65,13 @@ class _Reader:
                 found[query].append(mixer)
                 reason = f"{mixer.node} mixes another axis at each place of this one, so the places must stay aligned"
                 self.events[mixer.node].append(Event(mixer.node, "positions", mixer.outer, reason))
+        births = {self.atoms.resolve(dim): name for name, dim in self.walk.restored if dim}
+        for dim in births:
+            found[dim] += []
         axes: dict[int, list[Mixer]] = {}
         for dim, mixers in sorted(found.items(), key=lambda item: -len(item[0])):
-            axes.setdefault(dim[0] if len(dim) == 1 else self.atoms.fuse(dim, mixers[0].node), []).extend(mixers)
+            born = mixers[0].node if mixers else births[dim]
+            axes.setdefault(dim[0] if len(dim) == 1 else self.atoms.fuse(dim, born), []).extend(mixers)
         self._settle_births(axes)
         return axes
 
@@ -89,7 +94,8 @@ class _Reader:
         family, born = self.atoms.family(atom), self.order[self.atoms.born[atom]]
         carrying = sorted({number for member in family for number in self.carriers[member] if number >= born})
         uses = [use for number in carrying for use in self._uses(self.nodes[number], atom, family)]
-        return TokenAxis(self._atom(atom), tuple(mixer.node for mixer in mixers), tuple(uses), any(mixer.causal for mixer in mixers))
+        names, causal = tuple(mixer.node for mixer in mixers), any(mixer.causal for mixer in mixers)
+        return TokenAxis(self._atom(atom), names, tuple(uses), causal, frozenset(family))
 
     def _uses(self, node: Node, atom: int, family: set[int]) -> list[Use]:
         """How one node treats an axis: its events on it, else by whether its sizes are baked in, else pointwise."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch.fx import Node
 
 from paretorch.ir.analyze.atoms import Dims
-from paretorch.ir.analyze.walk import Walk
+from paretorch.ir.analyze.walk import Walk, place
 from paretorch.ir.graph import arguments
-from paretorch.ir.ops.tokens import is_match
+from paretorch.ir.ops.tokens import match_of
 
 
 def match_tokens(walk: Walk, node: Node) -> list[Dims]:
@@ -25,25 +24,29 @@ def match_tokens(walk: Walk, node: Node) -> list[Dims]:
 def merge_tokens(walk: Walk, node: Node) -> list[Dims]:
     """x[B, T, C] and size[B, T] with the axis of the rows that are kept instead of their tokens, which are those that the match saw."""
     batch, tokens, width = walk.dims(node.args[0])  # type: ignore[arg-type]
-    kept = walk.dims(node.args[1])[1]  # type: ignore[arg-type]
-    for matched in _matched(node.args[1]):
-        walk.atoms.meet(tokens, walk.dims(matched)[1])
+    kept, match = walk.dims(node.args[1])[1], match_of(node.args[1])  # type: ignore[arg-type]
+    if match is not None:
+        walk.atoms.meet(tokens, walk.dims(match.args[0])[1])  # type: ignore[arg-type]
     return [[batch, kept, width], [batch, kept]]
 
 
-def _matched(kept: Any) -> list[Node]:
-    """What the match that these rows come from looked at."""
-    match = kept.args[0] if kept.target is operator.getitem else None
-    return [match.args[0]] if isinstance(match, Node) and is_match(match) else []  # type: ignore[list-item]
-
-
 def source_map(walk: Walk, node: Node) -> Dims:
-    """Rows that tokens went to: along the tokens of the first match."""
-    previous = arguments(node)["previous"]
+    """Rows that tokens went to: along the tokens that the first match saw."""
+    previous, kept = arguments(node)["previous"], arguments(node)["kept"]
     if previous is not None:
         return walk.dims(previous)
-    batch = walk.dims(node.args[0])[0]  # type: ignore[arg-type]
-    return [batch, walk.one(node, walk.shape(node)[1], walk.dims(node.args[0])[1])]  # type: ignore[arg-type]
+    match = match_of(kept)
+    if match is not None:
+        return walk.dims(match.args[0])[:2]  # type: ignore[arg-type]
+    batch, rows = walk.dims(kept)
+    return [batch, walk.one(node, walk.shape(node)[1], rows)]
+
+
+def unmerge_tokens(walk: Walk, node: Node) -> Dims:
+    """x[B, T', C] along the tokens of the map places[B, T]."""
+    x, places = walk.dims(node.args[0]), walk.dims(node.args[1])  # type: ignore[arg-type]
+    walk.restored.append((node.name, places[1]))
+    return [x[0], places[1], x[2]]
 
 
 def weigh_tokens(walk: Walk, node: Node) -> Dims:
@@ -57,7 +60,39 @@ def class_weights(walk: Walk, node: Node) -> Dims:
     return [batch, tokens]
 
 
+def match_to_places(walk: Walk, node: Node) -> list[Dims]:
+    """As match_tokens, with the places of destinations baked in."""
+    tokens = walk.dims(node.args[0])[1]  # type: ignore[arg-type]
+    walk.event(
+        node, "positions", [tokens], f"{place(node)} has its destinations at fixed places among the {walk.atoms.size(tokens)} tokens"
+    )
+    return match_tokens(walk, node)
+
+
+def assign_tokens(walk: Walk, node: Node) -> Dims:
+    """map[B, K, T] from metric[B, T, D], with windows of places baked in."""
+    batch, tokens, _ = walk.dims(node.args[0])  # type: ignore[arg-type]
+    walk.event(node, "positions", [tokens], f"{place(node)} has windows at fixed places among the {walk.atoms.size(tokens)} tokens")
+    return [batch, walk.one(node, walk.shape(node)[1], tokens), tokens]
+
+
+def merge_by_map(walk: Walk, node: Node) -> list[Dims]:
+    """x[B, T, C] and size[B, T] with the axis of the destinations in map[B, K, T]."""
+    batch, tokens, width = walk.dims(node.args[0])  # type: ignore[arg-type]
+    _, destinations, shared_out = walk.dims(node.args[1])  # type: ignore[arg-type]
+    walk.atoms.meet(tokens, shared_out)
+    return [[batch, destinations, width], [batch, destinations]]
+
+
+def unmerge_by_map(walk: Walk, node: Node) -> Dims:
+    """x[B, K, C] along the tokens of map[B, K, T]."""
+    x, tokens = walk.dims(node.args[0]), walk.dims(node.args[1])[2]  # type: ignore[arg-type]
+    walk.restored.append((node.name, tokens))
+    return [x[0], tokens, x[2]]
+
+
 TOKEN_RULES: dict[str, Callable[[Walk, Node], Any]] = {
     "match_tokens": match_tokens, "merge_tokens": merge_tokens, "source_map": source_map, "weigh_tokens": weigh_tokens,
-    "class_weights": class_weights,
+    "class_weights": class_weights, "unmerge_tokens": unmerge_tokens, "match_to_places": match_to_places, "assign_tokens": assign_tokens,
+    "merge_by_map": merge_by_map, "unmerge_by_map": unmerge_by_map,
 }  # fmt: skip

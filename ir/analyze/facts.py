@@ -38,12 +38,16 @@ class Use:
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """An axis that attention mixes. mixers: names of attention nodes whose queries and keys both run over it, in order."""
+    """An axis that attention mixes, or to whose places merged tokens are brought back.
+
+    mixers: names of attention nodes whose queries and keys both run over it, in order;
+    family: numbers of the atoms whose length depends on its length."""
 
     atom: Atom
     mixers: tuple[str, ...]
     uses: tuple[Use, ...]
     causal: bool  # some mixer hides later tokens
+    family: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Walk:
         self.maps: dict[Node, Any] = {}
         self.events: list[Event] = []
         self.mixers: list[Mixer] = []
+        self.restored: list[tuple[str, Dim]] = []  # nodes that bring merged tokens back, and the axis of their places
         self.constant: dict[Node, bool] = {}  # computed from constants only
         self.types: dict[Node, Any] = {}
 

@@ -35,7 +35,6 @@ from paretorch.ir.graph import arguments
 from paretorch.ir.ops.costs import inputs_and_output, operands, type_of_argument
 from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.table import Missing, Op, define
-from paretorch.ir.ops.tokens import SCHEMAS as CARRIED
 from paretorch.ir.ops.tokens import in_order, log_size, moved, take_rows
 
 ROUNDS = 16
@@ -189,7 +188,6 @@ def weight_flops(node: Node) -> Any:
     return 16 * operands(node)[0].numel
 
 
-TOKEN_OPS: tuple[str, ...] = (*CARRIED, *SCHEMAS)  # all that compute with tokens as a value: sizes and weights stay wide in them
 SPELLED_OUT = Missing("exported by its definition: products, sorts and lookups")
 define(Op(
     name="match_by_energy", targets=(torch.ops.paretorch.match_by_energy.default,), kind="matrix", flops=energy_flops,

@@ -23,6 +23,7 @@ Source: Bolya et al. 2023, arXiv:2210.09461.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,21 +150,28 @@ def weigh_tokens(x: Tensor, size: Tensor, token_dim: int, batch_dims: Sequence[i
 
 
 def is_match(node: Node | None) -> bool:
-    """Whether a node chooses which tokens go and where: it begins the axis of those that are kept."""
+    """Whether a node chooses which tokens go and where: it begins the axis of those that are kept, or of those that a map leads to."""
     op = op_of(node) if node is not None else None
-    return op is not None and op.axes == "match_tokens"
+    return op is not None and op.axes in ("match_tokens", "match_to_places", "assign_tokens")
 
 
 def is_reduction(node: Node) -> bool:
     """Whether a node makes rows fewer by a match."""
     op = op_of(node)
-    return op is not None and op.axes == "merge_tokens"
+    return op is not None and op.axes in ("merge_tokens", "merge_by_map")
+
+
+def match_of(kept: Any) -> Node | None:
+    """The match of which this is the first item, or the map; None if it came about otherwise."""
+    match = kept.args[0] if isinstance(kept, Node) and kept.target is operator.getitem else kept
+    return match if isinstance(match, Node) and is_match(match) else None
 
 
 def matched(reduction: Node) -> Node:
     """What the match looked at by which rows are made fewer: [B,T,D] or [B,T]."""
-    kept: Any = reduction.args[1]
-    return kept.args[0].args[0]  # type: ignore[no-any-return]
+    match = match_of(reduction.args[1])
+    assert match is not None  # rules make reductions by matches only
+    return match.args[0]  # type: ignore[return-value]
 
 
 SCHEMAS = {

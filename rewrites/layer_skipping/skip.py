@@ -153,7 +153,7 @@ def remove(rule: str, graph: Graph, site: Site, knob: Knob) -> Graph:
         if after is not before:
             graph.replace(after, before)
         graph.clean()
-        _settle(graph, before)
+        settle(graph, before)
         removed += 1
     if not removed:
         raise PlanError(f"{rule} at {site.name}: no block of the residual stream ends there; an earlier rewrite took it out or changed it")
@@ -173,7 +173,7 @@ def _found(graph: Graph, name: str) -> tuple[Block, Node | None] | None:
     return None
 
 
-def _settle(graph: Graph, changed: Node) -> None:
+def settle(graph: Graph, changed: Node) -> None:
     """Types and strides downstream of a value that took another's place; a view that its strides do not allow becomes a reshape."""
     dirty = {changed}
     for node in graph.calls:

@@ -25,8 +25,7 @@ from paretorch.ir.analyze import Facts
 from paretorch.ir.builder import Builder
 from paretorch.ir.errors import PlanError, ShapeError
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
-from paretorch.ir.ops import aten, is_op, op_of
-from paretorch.ir.ops.token_choice import TOKEN_OPS
+from paretorch.ir.ops import TOKEN_OPS, aten, is_op, op_of
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.rule import Knob, Lossy, Refusal, Rule, Site
 

@@ -1,6 +1,6 @@
 """Fewer tokens for the rest of the graph."""
 
 from paretorch.rewrites.rule import Rule
-from paretorch.rewrites.token_merging import divprune, evit, pitome, tofu, tome
+from paretorch.rewrites.token_merging import divprune, evit, pitome, tofu, toma, tome, tomesd
 
-RULES: tuple[Rule, ...] = (tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE)
+RULES: tuple[Rule, ...] = (tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE, tomesd.RULE, toma.RULE)

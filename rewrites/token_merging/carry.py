@@ -23,6 +23,7 @@ from paretorch.rewrites.sparse_attention.key_bias import per_key
 from paretorch.rewrites.token_merging.companions import merge_companions
 from paretorch.rewrites.token_merging.place import Place, parts_of, pooled
 from paretorch.rewrites.token_merging.rows import restored, rows_of
+from paretorch.rewrites.token_merging.unmerge import close_seams, compose, open_seams
 
 END = 2**63 - 1  # a slice to the end, as export writes it
 
@@ -31,8 +32,8 @@ END = 2**63 - 1  # a slice to the end, as export writes it
 class Reducer:
     """What a technique put at a place.
 
-    indices: kept, source and target of its match. The functions emit through a builder. rows: rows of the stream [B,T,C] -> a node of
-    ([B,T',C], size [B,T']); weights: one number per token [B,T,1] -> [B,T',1].
+    indices: kept, source and target of its match, where a token that is dropped has as target the one that stands for it. The functions emit
+    through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']); weights: one number per token [B,T,1] -> [B,T',1].
     """
 
     indices: tuple[Node, Node, Node]
@@ -72,12 +73,16 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     fewer = restored(b, rows, value, place.layout)
     size = b.item(reduced, 1)
     for node in place.downstream:
-        if node.op != "output":  # a hidden state that the model returns stays as it was
-            node.replace_input_with(value, fewer)
+        node.replace_input_with(value, fewer)
+    compose(graph, axes, place, b, reducer.indices)
+    seams = open_seams(graph, place)
     merge_companions(graph, axes, place, b, reducer.weights)
     if not _is_silent(reduced):
         Carrier(graph, axes, place, b, size).carry()
     rederive_lengths(graph, axes, {fewer.name: (place.axis.atom, shape_of(rows)[1])})
+    if seams:
+        places = b.source_map(*reducer.indices)
+        close_seams(graph, axes, place, seams, b, lambda at, rows: at.unmerge_tokens(rows, places))
     return graph.clean()
 
 

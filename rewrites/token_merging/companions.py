@@ -6,19 +6,17 @@ They are merged along with the tokens: the size-weighted mean of a group's weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from paretorch.ir.analyze import AxisFacts
 from paretorch.ir.builder import Builder
-from paretorch.ir.graph import Graph, shape_of, tensor_type
+from paretorch.ir.graph import Graph, tensor_type
 from paretorch.ir.ops import aten, is_op
-from paretorch.ir.ops.tokens import is_reduction
 from paretorch.ir.types import DTYPES
-from paretorch.rewrites.token_merging.place import Layout, Place, layout_of
-from paretorch.rewrites.token_merging.rows import restored, rows_of
+from paretorch.rewrites.token_merging.place import Place
+from paretorch.rewrites.token_merging.rows import may_weigh, number_per_token, restored, rows_of, weight_chain
 
 
 def merge_companions(graph: Graph, axes: AxisFacts, place: Place, b: Builder, merge: Callable[[Builder, Node], Node]) -> None:
@@ -28,38 +26,16 @@ def merge_companions(graph: Graph, axes: AxisFacts, place: Place, b: Builder, me
     """
     inside = {place.value, *place.downstream}
     for node in place.downstream:
-        read: list[Any] = node.all_input_nodes if is_op(node, "mul") else [node.args[0]] if is_reduction(node) else []
-        for weight in read:
-            tokens = axes.dim(weight.name, place.axis.atom)
-            chain = _chain(axes, place, weight) if weight not in inside and tokens is not None else None
+        for weight in may_weigh(node):
+            chain = weight_chain(axes, place.axis.atom, place.batch, weight) if weight not in inside else None
             if chain:
                 at = Builder(graph, node, origin=b.origin, rule=b.rule, site=b.site)
                 node.replace_input_with(weight, _merged(at, axes, place, chain, merge))
 
 
-def _chain(axes: AxisFacts, place: Place, weight: Node) -> list[Node] | None:
-    """From a value that is one number per token to this weight, by casts and expansions only; None if it is more than that."""
-    chain = [weight]
-    while _numbers(axes, place, chain[0]) is None:
-        source = chain[0].all_input_nodes
-        if not is_op(chain[0], "expand", "to", "unsqueeze") or len(source) != 1:
-            return None
-        chain.insert(0, source[0])
-    return chain
-
-
-def _numbers(axes: AxisFacts, place: Place, node: Node) -> Layout | None:
-    """The layout of a value that holds one number per token; None for any other."""
-    layout = layout_of(axes, node, place.axis.atom, place.batch)
-    if layout is None:
-        return None
-    rest = [size for dim, size in enumerate(shape_of(node)) if dim != layout.token and dim not in layout.batch]
-    return layout if all(size == 1 for size in rest) else None
-
-
 def _merged(at: Builder, axes: AxisFacts, place: Place, chain: list[Node], merge: Callable[[Builder, Node], Node]) -> Node:
-    first, layout = chain[0], _numbers(axes, place, chain[0])
-    assert layout is not None  # _chain ends at such a value
+    first, layout = chain[0], number_per_token(axes, place.axis.atom, place.batch, chain[0])
+    assert layout is not None  # weight_chain ends at such a value
     rows = rows_of(at, first, layout)
     if not DTYPES[tensor_type(first).dtype].is_floating_point:
         rows = at.call(aten("_to_copy.default"), (rows,), {"dtype": torch.float32})

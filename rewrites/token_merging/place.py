@@ -7,8 +7,10 @@ what cannot be shortened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch.fx import Node
@@ -19,21 +21,16 @@ from paretorch.ir.ops import is_op
 from paretorch.ir.ops.tokens import is_match, is_reduction
 from paretorch.rewrites.layer_skipping.skip import region
 from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which dimensions of a value are its tokens and, in order, its batch."""
-
-    token: int
-    batch: tuple[int, ...]
+from paretorch.rewrites.token_merging.reach import Cut, Reach, Start, reach_of
+from paretorch.rewrites.token_merging.rows import Layout, layout_of
+from paretorch.rewrites.token_merging.selections import leading_tokens, read_tokens, selected
 
 
 @dataclass(frozen=True)
 class Place:
     """mixer: the self-attention; value: the stream's value after its block; protected: leading tokens that must stay;
-    downstream: all that is computed from value, in order; largest: the most tokens that may be merged; batch: the batch's atoms;
-    read: the places of those of the leading tokens that the model reads one by one, such as a class token."""
+    downstream: all that will read merged tokens, in order; largest: the most tokens that may be merged; batch: the batch's atoms;
+    cuts: where the tokens are brought back; read: the places of those of the leading tokens that the model reads one by one."""
 
     mixer: Node
     value: Node
@@ -43,6 +40,7 @@ class Place:
     protected: int
     downstream: tuple[Node, ...]
     largest: int
+    cuts: tuple[Cut, ...] = ()
     read: tuple[int, ...] = ()
 
 
@@ -52,49 +50,36 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     mixer, atom = nodes[name], axis.atom
     if not is_op(mixer, "attention"):
         return f"{named(mixer)} is {mixer.target}, which is not recognised as attention or is local already"
-    if axis.causal:
-        return _by_place(nodes, axis)
+    hidden = hides_later(nodes, axis)
+    if hidden:
+        return hidden
     if not isinstance(atom.size, int):
         return f"{named(mixer)} runs over {atom.size} tokens, a number not known before it runs"
     value = _end_of_block(facts, nodes, mixer)
     if value is None:
         return f"{named(mixer)} stands in no block of a residual stream, so there is no one value that carries the tokens on"
-    batch = _batch(facts.axes, mixer)
+    batch = batch_of(facts.axes, mixer)
     layout = layout_of(facts.axes, value, atom, batch)
     if layout is None:
         return f"the {atom.size} tokens of {named(mixer)} are not one dimension beside its batch in {value.name}: {tensor_type(value)}"
     pairs = mask_by_pairs(mixer)
     if pairs:
         return pairs  # and so nothing tells the sizes of its keys
-    downstream = _downstream(graph, value)
+    downstream = computed_from(graph, value)
     taken = next((node for node in downstream if is_reduction(node) and _takes(node, value)), None)
     if taken is not None:
         return f"tokens are merged after {named(mixer)} already, by {taken.meta.get('rule') or taken.name}"
-    refusal = _forbidden(graph, facts, axis, mixer, downstream, batch)
-    if refusal:
-        return refusal
-    selections = [nodes[use.node] for use in _uses(axis, downstream) if use.kind == "selects"]
-    protected = max((_selected(graph, facts.axes, atom, node) for node in selections), default=0)
-    read = sorted({place for node in selections for place in _read(graph, facts.axes, atom, node)})
-    largest = min([(atom.size - protected) // 2, *(_slack(node) for node in downstream if is_match(node))])
-    return Place(mixer, value, axis, layout, batch, protected, downstream, largest, tuple(read))
+    reach = _forbidden(graph, facts, axis, mixer, value, downstream, batch)
+    if isinstance(reach, str):
+        return reach
+    protected, read = leading_tokens(graph, facts.axes, axis, downstream), read_tokens(graph, facts.axes, axis, downstream)
+    largest = min([(atom.size - protected) // 2, *(_slack(node) for node in reach.merged if is_match(node))])
+    return Place(mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read)
 
 
 def named(node: Node) -> str:
     """The node with its place in the user's model."""
     return f"{node.name} ({origin_of(node)})"
-
-
-def layout_of(axes: AxisFacts, node: Node, atom: Atom, batch: Sequence[Atom]) -> Layout | None:
-    """The dimension that is this atom and those that make up the batch; None if they are no dimensions of their own."""
-    token = axes.dim(node.name, atom)
-    if token is None:
-        return None
-    dims = tuple(
-        i for i, atoms in enumerate(axes.maps[node.name]) if i != token and (atoms or i < token) and set(atoms) <= set(batch)
-    )  # a dimension of 1 before the tokens counts as batch
-    covered = tuple(part for dim in dims for part in axes.maps[node.name][dim])
-    return Layout(token, dims) if covered == tuple(batch) else None
 
 
 def parts_of(axes: AxisFacts, graph: Graph, atom: Atom, whole: Atom) -> tuple[int, ...] | None:
@@ -114,35 +99,37 @@ def parts_of(axes: AxisFacts, graph: Graph, atom: Atom, whole: Atom) -> tuple[in
     return None if before is None else (*before, start)
 
 
-def _batch(axes: AxisFacts, mixer: Node) -> tuple[Atom, ...]:
+def batch_of(axes: AxisFacts, mixer: Node) -> tuple[Atom, ...]:
     key = arguments(mixer)["key"]
     return axes.maps[key.name][0] if key.name in axes.maps else ()
 
 
 def _end_of_block(facts: Facts, nodes: dict[str, Node], mixer: Node) -> Node | None:
-    """The value after the block that this attention is part of."""
+    """The value after the block that this attention is part of; of several the one that begins last, as one may hold the whole model."""
     position = {node: number for number, node in enumerate(nodes.values())}
-    for stream in facts.streams:
-        for block in stream.blocks:
-            before, after = nodes[block.before], nodes[block.after]
-            near = position[before] < position[mixer] < position[after]
-            if near and (mixer.name in block.nodes or mixer in region(before, after, position)):
-                return after
+    blocks = [block for stream in facts.streams for block in stream.blocks]
+    for block in sorted(blocks, key=lambda block: -position[nodes[block.before]]):
+        before, after = nodes[block.before], nodes[block.after]
+        near = position[before] < position[mixer] < position[after]
+        if near and (mixer.name in block.nodes or mixer in region(before, after, position)):
+            return after
     return None
 
 
-def _by_place(nodes: dict[str, Node], axis: TokenAxis) -> str:
-    """The sentence about the first attention on this axis that hides tokens by their places."""
-    sides = {name: arguments(nodes[name]).get("right", -1) for name in axis.mixers}
-    masked = (name for name in axis.mixers if sides[name] >= 0 or (is_op(nodes[name], "attention") and mask_by_pairs(nodes[name])))
-    first = next(masked, axis.mixers[0])
-    if sides[first] > 0:
-        return f"{named(nodes[first])} attends to a window of places, which merging moves"
-    pairs = mask_by_pairs(nodes[first]) if is_op(nodes[first], "attention") and sides[first] < 0 else None
-    return pairs or f"{named(nodes[first])} hides later tokens from earlier ones; merging leaks what comes later into what comes before"
+def hides_later(nodes: dict[str, Node], axis: TokenAxis) -> str | None:
+    """A sentence about the first attention on this axis that may hide later tokens from earlier ones; None if all see as far to either side."""
+    for name in axis.mixers if axis.causal else ():
+        node = nodes[name]
+        right, known = arguments(node).get("right", -1), is_op(node, "attention", "local_attention")
+        pairs = mask_by_pairs(node) if is_op(node, "attention") and right < 0 else None
+        if known and (right > 0 or (right < 0 and not pairs)):
+            continue  # a window hides by distance only
+        leaks = "merging tokens, or choosing which to drop, leaks what comes later into what comes before"
+        return pairs or f"{named(node)} hides later tokens from earlier ones; {leaks}"
+    return None
 
 
-def _downstream(graph: Graph, value: Node) -> tuple[Node, ...]:
+def computed_from(graph: Graph, value: Node) -> tuple[Node, ...]:
     reached = {value}
     found = []
     for node in graph.nodes:
@@ -165,75 +152,58 @@ def _takes(reduction: Node, value: Node) -> bool:
     return x is value
 
 
-def _selected(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int:
-    """How many leading tokens a selection by place needs to keep theirs; -1 if it needs later ones."""
-    if not is_op(node, "select", "slice", "split"):
-        return -1
-    given, start, count = arguments(node), _start(graph, axes, whole, node), -1
-    if is_op(node, "select"):
-        count = int(given["index"]) + 1 if given["index"] >= 0 else -1
-    elif is_op(node, "slice"):
-        first, end = given.get("start") or 0, given.get("end")
-        count = int(first) if first > 0 else int(end) if isinstance(end, int) else -1
-    elif is_op(node, "split") and isinstance(given.get("split_sizes"), (list, tuple)):
-        count = sum(given["split_sizes"][:-1])
-    return start + count if start is not None and count >= 0 else -1
-
-
-def _read(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> range:
-    """The places of the tokens that a selection takes, if these are some leading ones and not all behind a place."""
-    start, until = _start(graph, axes, whole, node), _selected(graph, axes, whole, node)
-    if start is None or until < 0 or (is_op(node, "slice") and (arguments(node).get("start") or 0) > 0):
-        return range(0)
-    return range(until - 1 if is_op(node, "select") else start, until)
-
-
-def _start(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int | None:
-    """The place among the tokens of the whole axis of the first that a selection could take; None if that cannot be told.
-
-    Slices shift places; steps that make tokens fewer leave the leading ones where they are.
-    """
-    x, start = arguments(node)["self"], 0
-    found = axes.maps.get(x.name, ())
-    atoms = found[arguments(node)["dim"] % len(found)] if found else ()
-    while atoms != (whole,):
-        born = graph.node(atoms[0].born) if len(atoms) == 1 else None
-        if born is not None and is_match(born):
-            atoms = axes.maps[born.args[0].name][1]  # type: ignore[union-attr, index]
-        elif born is not None and is_op(born, "slice") and (arguments(born)["start"] or 0) >= 0:
-            given = arguments(born)
-            start, source = start + (given["start"] or 0), axes.maps.get(given["self"].name, ())
-            atoms = source[given["dim"] % len(source)] if source else ()
-        else:
-            return None
-    return start
-
-
 def _slack(node: Node) -> int:
     """How many tokens fewer a later match could have and still find its count."""
     metric, _, count, protected = node.args[:4]
     return int(metric.meta["val"].shape[1]) - int(protected) - 2 * int(count)  # type: ignore[union-attr, arg-type]
 
 
-def _forbidden(graph: Graph, facts: Facts, axis: TokenAxis, mixer: Node, downstream: Sequence[Node], batch: tuple[Atom, ...]) -> str | None:
-    """The first thing downstream that cannot take fewer tokens, as a sentence."""
-    axes = facts.axes
-    paired = _paired(axes, axis, downstream, batch)
-    if paired:
-        return paired
-    nodes = {node.name: node for node in downstream}
+def _forbidden(
+    graph: Graph, facts: Facts, axis: TokenAxis, mixer: Node, value: Node, downstream: Sequence[Node], batch: tuple[Atom, ...]
+) -> Reach | str:
+    """What a merge of the value reaches; a sentence about the first thing that needs all tokens if that leaves nothing to save."""
+    whole = needs_all(graph, facts, axis, mixer, downstream, batch)
+
+    @cache
+    def inside(before: Node) -> set[Node]:
+        return _block_after(graph, facts, before)
+
+    reach = reach_of(Start(facts.axes, axis, value, batch, whole, inside), downstream)
+    if not reach.merged or (reach.cuts and not reach.works):
+        reason = reach.cuts[0].reason if reach.cuts else next((why for node in downstream if (why := whole(node))), _unread(value, axis))
+        return f"{reason}; no product between {value.name} and there would run on fewer tokens"
+    return reach
+
+
+def needs_all(
+    graph: Graph, facts: Facts, axis: TokenAxis, mixer: Node | None, downstream: Sequence[Node], batch: tuple[Atom, ...]
+) -> Callable[[Node], str | None]:
+    """Why a node downstream must see all tokens of the axis in their places, None if it need not. mixer: from whose mask the sizes come."""
+    uses = defaultdict(list)
     for use in _uses(axis, downstream):
-        node = nodes[use.node]
-        if use.kind == "returns":
-            continue
-        reason = _refused_use(graph, axes, axis, mixer, node, use, batch)
-        if reason:
-            return reason
-    returned = [value for value in graph.outputs if isinstance(value, Node) and value in set(downstream)]
-    for value in returned:
-        if any(axis.atom in atoms for atoms in axes.maps.get(value.name, ())):
-            return f"the model returns {named(value)}, {tensor_type(value)}, with one entry for each of the {axis.atom.size} tokens"
-    return None
+        uses[use.node].append(use)
+
+    @cache
+    def whole(node: Node) -> str | None:
+        reasons = (_refused_use(graph, facts.axes, axis, mixer, node, use, batch) for use in uses[node.name] if use.kind != "returns")
+        return _paired(facts.axes, axis, (node,), batch) or next((reason for reason in reasons if reason), None)
+
+    return whole
+
+
+def _unread(value: Node, axis: TokenAxis) -> str:
+    """Why the value at the end of a block has no use on merged tokens."""
+    return f"the model returns {named(value)}, {tensor_type(value)}, with one entry for each of the {axis.atom.size} tokens"
+
+
+def _block_after(graph: Graph, facts: Facts, before: Node) -> set[Node]:
+    """The nodes of the residual block that begins with a value, up to the value after it."""
+    ends = [block.after for stream in facts.streams for block in stream.blocks if block.before == before.name]
+    if not ends:
+        return set()
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    nodes = {node.name: node for node in position}
+    return set().union(*(region(before, nodes[end], position) for end in ends))
 
 
 def _paired(axes: AxisFacts, axis: TokenAxis, downstream: Sequence[Node], batch: tuple[Atom, ...]) -> str | None:
@@ -253,16 +223,17 @@ def _paired(axes: AxisFacts, axis: TokenAxis, downstream: Sequence[Node], batch:
     return None
 
 
-def _refused_use(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node, node: Node, use: Use, batch: tuple[Atom, ...]) -> str | None:
+def _refused_use(
+    graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node | None, node: Node, use: Use, batch: tuple[Atom, ...]
+) -> str | None:
     if use.kind == "mixes":
         return _refused_mixing(graph, axes, axis, mixer, node)
     if use.kind == "pools":
         return use.reason or _refused_pool(graph, axes, axis, node, batch)
     if use.kind == "selects":
-        plain = not use.reason and _selected(graph, axes, axis.atom, node) >= 0
-        return (
-            None if plain else use.reason or f"{named(node)} selects tokens by a place that merging moves: only leading tokens keep theirs"
-        )
+        plain = not use.reason and selected(graph, axes, axis.atom, node) >= 0
+        moved = f"{named(node)} selects tokens by a place that merging moves: only leading tokens keep theirs"
+        return None if plain else use.reason or moved
     if use.kind == "appends":
         return use.reason or f"{named(node)} joins the {axis.atom.size} tokens with others along their axis"
     if use.kind == "positions":
@@ -270,11 +241,11 @@ def _refused_use(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node, no
     return use.reason or None  # opaque and baked lengths; a view that names the length is repaired
 
 
-def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node, node: Node) -> str | None:
+def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node | None, node: Node) -> str | None:
     if not is_op(node, "attention"):
         kind = "attends to a window of places" if is_op(node, "local_attention") else f"mixes tokens by {node.target}, not as one attention"
         return f"{named(node)} {kind}"
-    given, own = arguments(node), arguments(mixer)
+    given = arguments(node)
     if given["left"] >= 0 or given["right"] >= 0:
         return f"{named(node)} lets a query see keys by their places ({given['left']} before, {given['right']} after it)"
     pairs = mask_by_pairs(node)
@@ -283,9 +254,11 @@ def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node,
     key = axes.maps[given["key"].name][-2] if given["key"].name in axes.maps else ()
     if len(key) != 1 or parts_of(axes, graph, key[0], axis.atom) is None:
         return None  # its keys are others, or rows that a later match made: their sizes come from there
+    own = arguments(mixer) if mixer is not None else given
     for name in ("mask", "key_bias"):
         if given[name] is not own[name] and own["key"] is not given["key"]:
-            return f"{named(node)} has the {name} {given[name]} and {named(mixer)} has {own[name]}; sizes are taken from one of them only"
+            other = f"{mixer.name if mixer else node.name} has {own[name]}"
+            return f"{named(node)} has the {name} {given[name]} and {other}; sizes are taken from one of them only"
     return None
 
 

@@ -1,8 +1,8 @@
 """What all rules that make the tokens of the rest of a graph fewer share: their sites, their rewrite, and what they are given at a place.
 
 A technique says how many tokens go at a value of its knob and emits how they go. What follows from that (sizes as the bias of later keys,
-padding as size 0, weights per token, sums and means, later steps, lengths, tokens that are read by place) is derived for all of them by
-`paretorch.rewrites.token_merging.carry`. One step takes at most half of the tokens that may go.
+padding as size 0, weights per token, sums and means, later steps, lengths, tokens that are read by place, tokens brought back where all are
+needed) is derived for all of them by `paretorch.rewrites.token_merging.carry`. One step takes at most half of the tokens that may go.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from paretorch.ir.analyze import Atom, AxisFacts, Facts, analyze
+from paretorch.ir.analyze import AxisFacts, Facts, analyze
 from paretorch.ir.builder import Builder
 from paretorch.ir.errors import ParetorchError, PlanError
 from paretorch.ir.graph import Graph, arguments, origin_of
@@ -20,6 +20,8 @@ from paretorch.ir.ops.tokens import is_match
 from paretorch.rewrites.rule import Knob, Refusal, Site
 from paretorch.rewrites.token_merging.carry import Reducer, reduce_at
 from paretorch.rewrites.token_merging.place import Place, find_place
+from paretorch.rewrites.token_merging.reach import Cut
+from paretorch.rewrites.token_merging.selections import whole_of
 
 SHARES: tuple[float, ...] = (0.0, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48)  # of the tokens that might go, for any length
 
@@ -75,8 +77,8 @@ def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | R
     """The sites of a technique, or a refusal, for each self-attention; they are named by its node."""
     name = technique.name
     for axis in facts.axes.tokens:
-        # What is downstream of a place is also downstream of those before it: one step that works proves the later ones.
-        proven = is_match(graph.node(axis.atom.born))
+        # A step that works proves those that reach no more than it does, as later ones mostly do.
+        again, proven = is_match(graph.node(axis.atom.born)), set[Node | Cut]()
         for mixer in axis.mixers:
             place = find_place(graph, facts, axis, mixer)
             refusal = place if isinstance(place, str) else technique.refuse(place)
@@ -87,8 +89,9 @@ def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | R
             if isinstance(found, str):
                 yield Refusal(name, mixer, found)
                 continue
-            fault = None if proven else _fault(technique, graph, found[0])
-            proven = proven or fault is None
+            reached: set[Node | Cut] = {*place.downstream, *place.cuts}
+            fault = None if again or reached <= proven else _fault(technique, graph, found[0])
+            proven |= reached if fault is None else set()
             yield from [Refusal(name, mixer, fault)] if fault else found
 
 
@@ -143,23 +146,14 @@ def shorten(technique: Technique, graph: Graph, site: Site, knob: Knob) -> Graph
     return reduce_at(graph, facts.axes, place, technique.name, lambda b, size: technique.emit(Step(b, place, size, count, knob, depth)))
 
 
-def _whole(graph: Graph, axes: AxisFacts, atom: Atom) -> Atom:
-    """The axis of which earlier steps made this one, as the model begins with it."""
-    born = graph.node(atom.born)
-    while born is not None and is_match(born):
-        atom = axes.maps[born.args[0].name][1][0]  # type: ignore[union-attr, index]
-        born = graph.node(atom.born)
-    return atom
-
-
 def _free(graph: Graph, axes: AxisFacts, place: Place) -> int:
     """How many tokens the model begins with that are not read by place: what shares are of, in whichever order steps are put in."""
-    return int(_whole(graph, axes, place.axis.atom).size) - place.protected
+    return int(whole_of(graph, axes, place.axis.atom).size) - place.protected
 
 
 def _depth(graph: Graph, axes: AxisFacts, place: Place) -> float:
     """The share of the self-attentions over these tokens, however many are left of them there, that come before this one."""
-    whole = _whole(graph, axes, place.axis.atom)
-    mixers = {name for axis in axes.tokens if _whole(graph, axes, axis.atom) == whole for name in axis.mixers}
+    whole = whole_of(graph, axes, place.axis.atom)
+    mixers = {name for axis in axes.tokens if whole_of(graph, axes, axis.atom) == whole for name in axis.mixers}
     ordered = [node.name for node in graph.nodes if node.name in mixers]
     return ordered.index(place.mixer.name) / len(ordered)

@@ -4,7 +4,8 @@ x = block(x)  ->  x, size = merge_tokens(block(x), match_tokens(mean over heads 
 
 and every later attention adds log(size) to the scores of its keys. Lossy; exact where the merged tokens are equal. At r tokens a layer,
 layer l works on T - l * r tokens. Merging stands between attention and feed-forward, after the block where one sum holds both. Tokens that
-are read by place stay; padding masks become size 0; r is cut to half of the tokens that may merge.
+are read by place stay; padding masks become size 0; r is cut to half of the tokens that may merge. What needs every token in its place (dense
+outputs, grids, positions) gets them back by the composed map, just before it.
 Source: Bolya et al. 2023, arXiv:2210.09461.
 """
 

@@ -1,0 +1,157 @@
+"""How far a merge reaches: what downstream of it works on merged tokens, and where the tokens are brought back.
+
+A node that reads merged tokens works on them unless it must see all tokens in their places (the model's output, a grid, a convolution, a
+token selected from the middle, positions) or meets a value that still has all of them. There the merged operand is brought back, and what
+follows has its old length again. Where a value cannot be brought back as it stands (its tokens are split into a grid already) the node that
+made it is held to all tokens instead, and so on backwards. Where the value before a residual block would be brought back only to be added to
+the block's branch, it is brought back for the whole block, so that the stream stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from paretorch.ir.analyze import Atom, AxisFacts, TokenAxis
+from paretorch.ir.graph import arguments, origin_of, shape_of, tensor_type
+from paretorch.ir.ops import op_of
+from paretorch.ir.types import TensorType, from_fake
+from paretorch.rewrites.token_merging.rows import layout_of, may_weigh, weight_chain
+
+PRODUCTS = ("matrix", "convolution", "attention")
+TOLD = ("mask", "key_bias", "size")  # operands of ops on tokens that the merge's sizes take the place of
+
+
+@dataclass(frozen=True)
+class Cut:
+    """value, of merged tokens, is brought back for user; reason: the sentence that says why user needs all tokens."""
+
+    value: Node
+    user: Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reach:
+    """merged: the nodes that read merged tokens, in order; cuts: where tokens are brought back (the value itself never is: it is still there)."""
+
+    merged: tuple[Node, ...]
+    cuts: tuple[Cut, ...]
+
+    @property
+    def works(self) -> bool:
+        """Whether some product runs on fewer tokens."""
+        return any(op.kind in PRODUCTS for node in self.merged if (op := op_of(node)) is not None)
+
+
+@dataclass(frozen=True)
+class Start:
+    """value: what is merged; batch: its batch's atoms; whole: why a node must see all tokens, or None; inside: of the residual block that
+    begins with a value, the nodes up to the block's end (none if no block does)."""
+
+    axes: AxisFacts
+    axis: TokenAxis
+    value: Node
+    batch: tuple[Atom, ...]
+    whole: Callable[[Node], str | None]
+    inside: Callable[[Node], set[Node]]
+
+
+def reach_of(start: Start, downstream: Sequence[Node]) -> Reach:
+    """What a merge of the value reaches. downstream: all that is computed from it, in order."""
+    held: dict[Node, str] = {}
+    while True:
+        found = _spread(start, downstream, held)
+        more = _held_back(start, found)
+        if not more.keys() - held.keys():
+            return Reach(found.merged, tuple(cut for cut in found.cuts if cut.value is not start.value))
+        held.update(more)
+
+
+def _spread(start: Start, downstream: Sequence[Node], held: dict[Node, str]) -> Reach:
+    """One pass, with some nodes held to all tokens."""
+    short = {start.value}  # values with fewer tokens, their places or something of their length
+    merged: list[Node] = []
+    cuts: list[Cut] = []
+    for node in downstream:
+        given = [argument for argument in node.all_input_nodes if argument in short]
+        if not given:
+            continue
+        if node.op == "output":
+            cuts += [Cut(value, node, _returned(start, value)) for value in given if value is not start.value]
+            continue
+        reason = held.get(node) or start.whole(node) or _meeting(start, node, short)
+        if reason:
+            cuts += [Cut(value, node, reason) for value in given]
+            continue
+        merged.append(node)
+        if carries(start.axes, start.axis, node):
+            short.add(node)
+    return Reach(tuple(merged), tuple(cuts))
+
+
+def carries(axes: AxisFacts, axis: TokenAxis, node: Node) -> bool:
+    """Whether a value, or one of several that a node makes, has the axis or one whose length depends on it."""
+    if node.name in axes.maps:
+        return any(atom.number in axis.family for atoms in axes.maps[node.name] for atom in atoms)
+    several = isinstance(node.meta.get("val"), (tuple, list))
+    return several and any(carries(axes, axis, user) for user in node.users)
+
+
+def _returned(start: Start, value: Node) -> str:
+    return f"the model returns {value.name} ({origin_of(value)}), {tensor_type(value)}, with one entry for each of the {start.axis.atom.size} tokens"
+
+
+def _meeting(start: Start, node: Node, short: set[Node]) -> str | None:
+    """A sentence if some operand still has all tokens."""
+    ours = getattr(node.target, "namespace", "") == "paretorch"
+    told = {value for name, value in arguments(node).items() if name in TOLD and isinstance(value, Node)} if ours else set()
+    others = [argument for argument in node.all_input_nodes if argument not in short and argument not in told]
+    full = [other for other in others if carries(start.axes, start.axis, other) or _aligned(start, node, other, short)]
+    full = [other for other in full if not _is_weight(start, node, other)]
+    if not full:
+        return None
+    return f"{node.name} ({origin_of(node)}) reads {full[0].name}, {tensor_type(full[0])}, which has all {start.axis.atom.size} tokens"
+
+
+def _aligned(start: Start, node: Node, other: Node, short: set[Node]) -> bool:
+    """Whether an operand of an elementwise op has a length where another has the axis."""
+    op = op_of(node)
+    if op is None or op.axes != "pointwise" or not isinstance(from_fake(other.meta["val"]), TensorType):
+        return False
+    sizes = shape_of(other)
+    for value in node.all_input_nodes:
+        if value not in short:
+            continue
+        for place, atoms in enumerate(reversed(start.axes.maps.get(value.name, ())), 1):
+            if place <= len(sizes) and sizes[-place] != 1 and any(atom.number in start.axis.family for atom in atoms):
+                return True
+    return False
+
+
+def _is_weight(start: Start, node: Node, other: Node) -> bool:
+    """Whether an operand is a weight per token: it is merged along."""
+    return other in may_weigh(node) and weight_chain(start.axes, start.axis.atom, start.batch, other) is not None
+
+
+def _held_back(start: Start, reach: Reach) -> dict[Node, str]:
+    """Nodes that must work on all tokens, for what reads them to get all tokens."""
+    held: dict[Node, str] = {}
+    for cut in reach.cuts:
+        if cut.value is not start.value and layout_of(start.axes, cut.value, start.axis.atom, start.batch) is None:
+            held.setdefault(cut.value, cut.reason)
+        elif cut.user.op != "output":
+            for node in _branch(start, reach.merged, cut):
+                held.setdefault(node, cut.reason)
+    return held
+
+
+def _branch(start: Start, merged: Iterable[Node], cut: Cut) -> list[Node]:
+    """What reads the value before a residual block inside of the block, if the block's end reads it with all tokens."""
+    inside = start.inside(cut.value)
+    if cut.user not in inside:
+        return []
+    near = set(merged)
+    return [user for user in cut.value.users if user in inside and user in near and user is not cut.user]
