@@ -33,19 +33,42 @@ def transformer(sizes: Sizes | None = None, dtype: str = "f32") -> Graph:
 def _model(b: Builder, x: Node, sizes: Sizes) -> Node:
     weights = _Weights(b, sizes.width, x.meta["val"].dtype)
     for layer in range(sizes.layers):
-        x = b.add(x, _attend(b, weights.norm(x, f"layer{layer}_norm1"), weights, f"layer{layer}", sizes))
-        grown = b.gelu(weights.linear(weights.norm(x, f"layer{layer}_norm2"), f"layer{layer}_grow", 2 * sizes.width, sizes.width))
-        x = b.add(x, weights.linear(grown, f"layer{layer}_shrink", sizes.width, 2 * sizes.width))
+        x = _layer(b, x, weights, layer, sizes)
     return b.select(weights.norm(x, "norm"), 1, sizes.tokens - 1 if sizes.causal else 0)
 
 
-def _attend(b: Builder, x: Node, weights: _Weights, name: str, sizes: Sizes) -> Node:
+def gated_transformer(sizes: Sizes | None = None, dtype: str = "f32") -> Graph:
+    """As `transformer`, with a gate in front of the second layer on whose score a mask of all later attention stands; the first token stays."""
+    sizes = sizes or Sizes()
+
+    def model(b: Builder, x: Node) -> Node:
+        weights = _Weights(b, sizes.width, x.meta["val"].dtype)
+        x = _layer(b, x, weights, 0, sizes)
+        score = b.select(weights.linear(weights.norm(x, "gate_norm"), "gate", 1, sizes.width), 2, 0)
+        first = b.constant("first", torch.arange(sizes.tokens) == 0)
+        stays = b.logical_or(b.call(torch.ops.aten.gt.Scalar, (score, 0)), first)
+        mask = b.unsqueeze(b.unsqueeze(b.call(torch.ops.aten.where.Scalar, (stays, 0.0, -1e9)), 1), 2)
+        for layer in range(1, sizes.layers + 1):
+            x = _layer(b, x, weights, layer, sizes, mask)
+        return b.select(weights.norm(x, "norm"), 1, 0)
+
+    return build("gated_transformer", model, x=TensorType(dtype, (sizes.batch, sizes.tokens, sizes.width)))
+
+
+def _layer(b: Builder, x: Node, weights: _Weights, layer: int, sizes: Sizes, mask: Node | None = None) -> Node:
+    x = b.add(x, _attend(b, weights.norm(x, f"layer{layer}_norm1"), weights, f"layer{layer}", sizes, mask))
+    grown = b.gelu(weights.linear(weights.norm(x, f"layer{layer}_norm2"), f"layer{layer}_grow", 2 * sizes.width, sizes.width))
+    return b.add(x, weights.linear(grown, f"layer{layer}_shrink", sizes.width, 2 * sizes.width))
+
+
+def _attend(b: Builder, x: Node, weights: _Weights, name: str, sizes: Sizes, mask: Node | None = None) -> Node:
     batch, tokens, width, heads = sizes.batch, sizes.tokens, sizes.width, sizes.heads
     query, key, value = (
         b.permute(b.view(weights.linear(x, f"{name}_{part}", width, width), [batch, tokens, heads, width // heads]), [0, 2, 1, 3])
         for part in ("query", "key", "value")
     )
-    mixed = b.attention(query, key, value, scale=(width // heads) ** -0.5, right=0 if sizes.causal else -1)
+    masked = () if mask is None else (mask,)
+    mixed = b.attention(query, key, value, *masked, scale=(width // heads) ** -0.5, right=0 if sizes.causal else -1)
     joined = b.call(torch.ops.aten.reshape.default, (b.permute(mixed, [0, 2, 1, 3]), [batch, tokens, width]))
     return weights.linear(joined, f"{name}_project", width, width)
 

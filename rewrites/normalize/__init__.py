@@ -16,6 +16,7 @@ from paretorch.rewrites.normalize.native_norms import native_norms
 from paretorch.rewrites.normalize.norms import norms
 from paretorch.rewrites.normalize.scalars import scalars
 from paretorch.rewrites.normalize.views import views
+from paretorch.rewrites.normalize.weighted_softmax import weighted_softmax
 
 PASSES: tuple[Callable[[Graph], Graph], ...] = (
     aliases,  # so that no pass below needs to know them
@@ -31,6 +32,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     native_norms,
     norms,
     activations,
+    weighted_softmax,  # before attention is looked for: the factor becomes a mask
     raise_attention,  # needs scalars, views and constant masks
     views,  # raising leaves permutes and reshapes that may cancel
     merge_equal,

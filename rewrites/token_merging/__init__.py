@@ -1,6 +1,8 @@
 """Fewer tokens for the rest of the graph."""
 
 from paretorch.rewrites.rule import Rule
-from paretorch.rewrites.token_merging import divprune, evit, pitome, tofu, toma, tome, tomesd
+from paretorch.rewrites.token_merging import divprune, drop_masked_tokens, evit, pitome, tofu, toma, tome, tomesd
 
-RULES: tuple[Rule, ...] = (tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE, tomesd.RULE, toma.RULE)
+RULES: tuple[Rule, ...] = (
+    tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE, drop_masked_tokens.RULE, tomesd.RULE, toma.RULE
+)  # fmt: skip

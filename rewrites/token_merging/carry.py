@@ -21,8 +21,9 @@ from paretorch.ir.ops.tokens import is_match, is_reduction, matched
 from paretorch.ir.types import DTYPES
 from paretorch.rewrites.sparse_attention.key_bias import per_key
 from paretorch.rewrites.token_merging.companions import merge_companions
-from paretorch.rewrites.token_merging.place import Place, parts_of, pooled
+from paretorch.rewrites.token_merging.place import Place, layout_of, parts_of, pooled
 from paretorch.rewrites.token_merging.rows import restored, rows_of
+from paretorch.rewrites.token_merging.soft_pool import pooled_softly, weigh_softly
 from paretorch.rewrites.token_merging.unmerge import close_seams, compose, open_seams
 
 END = 2**63 - 1  # a slice to the end, as export writes it
@@ -134,7 +135,9 @@ class Carrier:
                 self._step(node, matched(node), 1)
             elif is_op(node, "class_weights"):
                 self._step(node, node.args[1], -2)
-            elif is_op(node, "mean", "sum"):
+            elif is_op(node, "softmax"):
+                self._soft_pool(node)
+            elif is_op(node, "mean", "sum") and not pooled_softly(self.graph, self.axes, self.place.axis.atom, node):
                 self._pool(node)
 
     def size(self, atom: Atom) -> Node | None:
@@ -202,6 +205,12 @@ class Carrier:
         stamp = {"origin": self.b.origin, "rule": self.b.rule, "site": self.b.site}
         weighed.meta.update(val=x.meta["val"], **stamp)  # type: ignore[union-attr]
         node.replace_input_with(x, weighed)  # type: ignore[arg-type]
+
+    def _soft_pool(self, node: Node) -> None:
+        found = self._of(node, arguments(node)["dim"])
+        layout = layout_of(self.axes, node, found[0], self.place.batch) if found else None
+        if found and layout:
+            weigh_softly(self.b, node, layout, found[1])
 
     def _runs_over(self, node: Node, token: int) -> bool:
         given = arguments(node)

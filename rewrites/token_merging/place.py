@@ -55,7 +55,7 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
         return hidden
     if not isinstance(atom.size, int):
         return f"{named(mixer)} runs over {atom.size} tokens, a number not known before it runs"
-    value = _end_of_block(facts, nodes, mixer)
+    value = end_of_block(facts, nodes, mixer)
     if value is None:
         return f"{named(mixer)} stands in no block of a residual stream, so there is no one value that carries the tokens on"
     batch = batch_of(facts.axes, mixer)
@@ -104,7 +104,7 @@ def batch_of(axes: AxisFacts, mixer: Node) -> tuple[Atom, ...]:
     return axes.maps[key.name][0] if key.name in axes.maps else ()
 
 
-def _end_of_block(facts: Facts, nodes: dict[str, Node], mixer: Node) -> Node | None:
+def end_of_block(facts: Facts, nodes: dict[str, Node], mixer: Node) -> Node | None:
     """The value after the block that this attention is part of; of several the one that begins last, as one may hold the whole model."""
     position = {node: number for number, node in enumerate(nodes.values())}
     blocks = [block for stream in facts.streams for block in stream.blocks]
@@ -186,7 +186,7 @@ def needs_all(
     @cache
     def whole(node: Node) -> str | None:
         reasons = (_refused_use(graph, facts.axes, axis, mixer, node, use, batch) for use in uses[node.name] if use.kind != "returns")
-        return _paired(facts.axes, axis, (node,), batch) or next((reason for reason in reasons if reason), None)
+        return paired_rows(facts.axes, axis, (node,), batch) or next((reason for reason in reasons if reason), None)
 
     return whole
 
@@ -206,7 +206,7 @@ def _block_after(graph: Graph, facts: Facts, before: Node) -> set[Node]:
     return set().union(*(region(before, nodes[end], position) for end in ends))
 
 
-def _paired(axes: AxisFacts, axis: TokenAxis, downstream: Sequence[Node], batch: tuple[Atom, ...]) -> str | None:
+def paired_rows(axes: AxisFacts, axis: TokenAxis, downstream: Sequence[Node], batch: tuple[Atom, ...]) -> str | None:
     """A sentence if something downstream pairs tokens of the same place in different rows of the batch, such as frames of a video:
     each row merges others, so their places no longer belong together."""
     inside = {node.name for node in downstream}
@@ -221,6 +221,13 @@ def _paired(axes: AxisFacts, axis: TokenAxis, downstream: Sequence[Node], batch:
             if axis.atom in given and (set(batch) & given) - made:
                 return f"{named(node)} joins rows of the batch by the places of their {axis.atom.size} tokens"
     return None
+
+
+def pooled_softly(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> bool:
+    """Whether a node is part of an average by a softmax over the tokens, which counts sizes by itself."""
+    from paretorch.rewrites.token_merging import soft_pool
+
+    return soft_pool.pooled_softly(graph, axes, whole, node)
 
 
 def _refused_use(
@@ -242,6 +249,8 @@ def _refused_use(
 
 
 def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node | None, node: Node) -> str | None:
+    if pooled_softly(graph, axes, axis.atom, node):
+        return None
     if not is_op(node, "attention"):
         kind = "attends to a window of places" if is_op(node, "local_attention") else f"mixes tokens by {node.target}, not as one attention"
         return f"{named(node)} {kind}"
@@ -253,7 +262,11 @@ def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node 
         return pairs
     key = axes.maps[given["key"].name][-2] if given["key"].name in axes.maps else ()
     if len(key) != 1 or parts_of(axes, graph, key[0], axis.atom) is None:
-        return None  # its keys are others, or rows that a later match made: their sizes come from there
+        own_bias = given["mask"] is not None or (given["key_bias"] is not None and not is_op(given["key_bias"], "log_size"))
+        masked = len(key) == 1 and is_match(graph.node(key[0].born)) and own_bias
+        # its keys are others, or rows that a later match made: their sizes come from there, but for a mask of its own
+        left = f"{given['mask'] or given['key_bias']}, on what an earlier step left of the tokens"
+        return f"{named(node)} has a mask of its own, {left}" if masked else None
     own = arguments(mixer) if mixer is not None else given
     for name in ("mask", "key_bias"):
         if given[name] is not own[name] and own["key"] is not given["key"]:
@@ -264,7 +277,7 @@ def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node 
 
 def _refused_pool(graph: Graph, axes: AxisFacts, axis: TokenAxis, node: Node, batch: tuple[Atom, ...]) -> str | None:
     largest = is_op(node, "amax", "amin") or (is_op(node, "max_dim") and all(user.args[1] == 0 for user in node.users))
-    if largest or is_op(node.args[0], "weigh_tokens"):
+    if largest or is_op(node.args[0], "weigh_tokens") or pooled_softly(graph, axes, axis.atom, node):
         return None
     if not is_op(node, "mean", "sum"):
         return f"{named(node)} is {node.target}, which has no form that is weighted by size"

@@ -12,13 +12,17 @@ from paretorch.ir.ops import is_op
 from paretorch.ir.ops.tokens import is_match
 
 
+def lineage(graph: Graph, axes: AxisFacts, atom: Atom) -> list[Atom]:
+    """An axis and those of which earlier steps made it; the last is the one that the model begins with."""
+    found = [atom]
+    while (born := graph.node(found[-1].born)) is not None and is_match(born):
+        found.append(axes.maps[born.args[0].name][1][0])  # type: ignore[union-attr, index]
+    return found
+
+
 def whole_of(graph: Graph, axes: AxisFacts, atom: Atom) -> Atom:
     """The axis of which earlier steps made this one, as the model begins with it."""
-    born = graph.node(atom.born)
-    while born is not None and is_match(born):
-        atom = axes.maps[born.args[0].name][1][0]  # type: ignore[union-attr, index]
-        born = graph.node(atom.born)
-    return atom
+    return lineage(graph, axes, atom)[-1]
 
 
 def selections(graph: Graph, axes: AxisFacts, axis: TokenAxis, downstream: Iterable[Node]) -> list[Node]:
