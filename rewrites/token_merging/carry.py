@@ -21,8 +21,8 @@ from paretorch.ir.ops.tokens import is_match, is_reduction, matched
 from paretorch.ir.types import DTYPES
 from paretorch.rewrites.sparse_attention.key_bias import per_key
 from paretorch.rewrites.token_merging.companions import merge_companions
-from paretorch.rewrites.token_merging.place import Place, layout_of, parts_of, pooled
-from paretorch.rewrites.token_merging.rows import restored, rows_of
+from paretorch.rewrites.token_merging.place import Place, parts_of, pooled
+from paretorch.rewrites.token_merging.rows import layout_of, restored, rows_of
 from paretorch.rewrites.token_merging.soft_pool import pooled_softly, weigh_softly
 from paretorch.rewrites.token_merging.unmerge import close_seams, compose, open_seams
 
