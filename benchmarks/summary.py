@@ -7,6 +7,8 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_goals import table
+
 HEAD = """# Results
 
 Written by `benchmarks/run.py` from the JSON files in this folder; every ratio comes from one shuffled race. Times faster: medians of the best
@@ -23,7 +25,17 @@ def write_summary(folder: Path) -> None:
         results = [result for result in found if result["mode"] == mode]
         if results:
             parts += [f"\n## {title}\n", *_table(results, mode)]
-    (folder / "README.md").write_text("\n".join(parts) + "\n")
+    (folder / "README.md").write_text("\n".join([*parts, *_gpu(folder)]) + "\n")
+
+
+def _gpu(folder: Path) -> list[str]:
+    """The figures of `benchmarks/gpu.py`: measured where its file is there, else each listed as not measured."""
+    path = folder / "gpu.json"
+    measured = json.loads(path.read_text()) if path.exists() else {"ratios": {}}
+    about = (
+        f"{measured['device']}, {measured['date']}." if path.exists() else "No GPU was at hand; `python benchmarks/gpu.py` measures them."
+    )
+    return ["", "## On a GPU", "", *table(measured["ratios"]), "", about]
 
 
 def _table(results: list[dict[str, Any]], mode: str) -> list[str]:

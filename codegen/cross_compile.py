@@ -30,8 +30,9 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     target = GPUTarget("cuda", int(job["arch"][3:]), 32) if is_nvidia else GPUTarget("hip", job["arch"], 64)
     constants = {name: value for name, value in job["schedule"].items() if name.isupper()}
     options = {name: value for name, value in job["schedule"].items() if not name.isupper()}
-    signature = dict(job["parameters"]) | dict.fromkeys(constants, "constexpr")
-    aligned = {(place,): [["tt.divisibility", 16]] for place, (_, kind) in enumerate(job["parameters"]) if kind.startswith("*")}
+    signature = {name: kind.removesuffix(":16") for name, kind in job["parameters"]} | dict.fromkeys(constants, "constexpr")
+    multiples = [place for place, (_, kind) in enumerate(job["parameters"]) if kind.startswith("*") or kind.endswith(":16")]
+    aligned = {(place,): [["tt.divisibility", 16]] for place in multiples}
     try:
         function = getattr(_load(job["path"], job["kernel"]), job["kernel"])
         compiled = triton.compile(ASTSource(function, signature, constants, aligned), target=target, options=options)

@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from paretorch.codegen.coordinates import is_plain, source_of
 from paretorch.ir.graph import arguments, shape_of
-from paretorch.ir.ops import Missing, RowText, is_op, op_of
+from paretorch.ir.ops import Missing, OpTemplate, RowText, is_op, op_of
 from paretorch.ir.types import DTYPE_NAMES
 
 TRITON_TYPES = {
@@ -77,6 +77,8 @@ def not_expressible(node: Node) -> str | None:
     text = _text(node)
     if isinstance(text, RowText):
         return _not_a_row(node, text)
+    if isinstance(text, OpTemplate):
+        return f"{node.name} ({op.name}) is a kernel of its own"
     if not op.elementwise:
         return f"{node.name} ({op.name}) is not elementwise"
     if isinstance(text, Missing):
@@ -139,7 +141,7 @@ def _leftover(node: Node, text: str) -> str | None:
     return None
 
 
-def _text(node: Node) -> str | RowText | Missing:
+def _text(node: Node) -> str | RowText | OpTemplate | Missing:
     """The column's text; where it depends on an option (gelu's approximate), that of this node's."""
     op = op_of(node)
     assert op is not None  # not_expressible asked

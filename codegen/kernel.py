@@ -9,7 +9,7 @@ import subprocess
 import sys
 from base64 import b64decode
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -65,13 +65,26 @@ class KernelTemplate:
 
 @dataclass(frozen=True)
 class Binary:
-    """What a compiler made of a kernel. spills: bytes (NVIDIA) or registers (AMD) that did not fit and went to memory."""
+    """What a compiler made of a kernel. spills: bytes (NVIDIA) or registers (AMD) that did not fit and went to memory.
+
+    parts: of the file's other device functions; the figures are then the largest of all, the binary is that of the first.
+    """
 
     arch: str
     registers: int
     spills: int
     shared_bytes: int
     binary: bytes
+    parts: tuple[Binary, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Another device function of a kernel's file. parameters and schedule: as those of the kernel."""
+
+    name: str
+    parameters: tuple[tuple[str, str], ...]
+    schedule: Schedule
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,8 @@ class Kernel:
     """A generated kernel.
 
     source: the whole file; region: its nodes as text; parameters: (name, Triton type) of each argument that is not constexpr; constants: those that
-    are, beside the schedule; predicted_s: of one launch, None if it was not priced; uses: how many regions of the graph it serves.
+    are, beside the schedule; predicted_s: of one launch, None if it was not priced; uses: how many regions of the graph it serves; parts: what it
+    launches after the first function. An integer's type ends in ":16" where multiples of 16 are expected; triton looks at each launch.
     """
 
     name: str
@@ -91,6 +105,7 @@ class Kernel:
     constants: Schedule = field(default_factory=dict)
     predicted_s: float | None = None
     uses: int = 1
+    parts: tuple[Part, ...] = ()
 
     @cached_property
     def module(self) -> ModuleType:
@@ -134,13 +149,10 @@ def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str] = ARCHITECTU
         for kernel in kernels:
             path = Path(folder) / f"{kernel.name}.py"
             path.write_text(kernel.source)
-            job = {
-                "path": str(path),
-                "kernel": kernel.name,
-                "parameters": kernel.parameters,
-                "schedule": kernel.constants | kernel.schedule,
-            }
-            jobs += [{**job, "arch": arch} for arch in archs]
+            whole = Part(kernel.name, kernel.parameters, kernel.constants | kernel.schedule)
+            for part in (whole, *kernel.parts):
+                job = {"path": str(path), "kernel": part.name, "parameters": part.parameters, "schedule": part.schedule}
+                jobs += [{**job, "arch": arch} for arch in archs]
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         script = Path(__file__).with_name("cross_compile.py")
         done = subprocess.run([sys.executable, str(script)], input=json.dumps(jobs), env=environment, capture_output=True, text=True)
@@ -156,4 +168,11 @@ def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str] = ARCHITECTU
         binaries[found["kernel"], found["arch"]] = Binary(
             found["arch"], found["registers"], found["spills"], found["shared_bytes"], content
         )
-    return binaries
+    return {(kernel.name, arch): _joined(kernel, arch, binaries) for kernel in kernels for arch in archs}
+
+
+def _joined(kernel: Kernel, arch: str, binaries: dict[tuple[str, str], Binary]) -> Binary:
+    """The binary of a kernel with those of its other functions."""
+    first, rest = binaries[kernel.name, arch], tuple(binaries[part.name, arch] for part in kernel.parts)
+    most = {name: max(getattr(binary, name) for binary in (first, *rest)) for name in ("registers", "spills", "shared_bytes")}
+    return replace(first, parts=rest, **most)

@@ -52,11 +52,7 @@ ${kernel}
 
 ${laid}def launch(${reads}):
     """${launch_title}"""
-${prepare}
-    if ${first}.numel() > 0:
-        ${name}[${grid}](
-${call}
-        )
+${launches}
     return ${writes}
 
 
@@ -73,7 +69,7 @@ ${examples}
 
 def example(shape, stride, dtype):
     """A tensor of random numbers that lies so in memory."""
-    count = 1 + sum((size - 1) * step for size, step in zip(shape, stride))
+${example_type}    count = 1 + sum((size - 1) * step for size, step in zip(shape, stride))
     values = torch.randn(count, generator=torch.Generator().manual_seed(count))
     values = values > 0 if dtype == torch.bool else values.to(dtype)
     return values.to("cuda" if torch.cuda.is_available() else "cpu").as_strided(shape, stride)
@@ -93,6 +89,11 @@ if __name__ == "__main__":
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         print(f"${name}: {milliseconds * 1e3:.1f} us, {moved / milliseconds / 1e6:.0f} GB/s; ${predicted}")
 ''')
+
+EXAMPLE_TYPE = """\
+    if dtype == torch.bfloat16 and not torch.cuda.is_available():
+        dtype = torch.float32  # triton's interpreter has no products of bf16
+"""
 
 LAID = '''\
 def laid(x, unit, pairs):
@@ -140,32 +141,59 @@ def file_text(region: Region, launch: Launch, kernel: str) -> str:
     """The whole file."""
     names = launch.emitter.names
     reads, writes = [names[node] for node in region.reads], [names[node] for node in region.writes]
-    options = ", ".join(f'"{key}": {value}' for key, value in launch.schedule.items())
-    several = len(writes) > 1
-    prepare = _prepare(region, launch)
     strides = [f"{names[node]}.stride({axis})" for node, layout in launch.emitter.layouts.items() for _, axis in layout.parameters]
     constants = [f"{key}={value}" for key, value in launch.constants.items()]
     width = f" // {region.shape[-1]}" if region.is_rows else ""
     first = next((names[node] for node in region.writes if shape_of(node) == region.shape), writes[0])
     rows = f"{first}.numel(){width if first in [names[n] for n in region.writes if shape_of(n) == region.shape] else ''}"
+    grid = f"({rows},)" if region.is_rows else f'(triton.cdiv({first}.numel(), SCHEDULE["BLOCK"]),)'
+    call = wrapped(", ".join([*reads, *writes, *strides, *(symbol for symbol, _ in launch.symbols), *constants, "**SCHEDULE"]), 2)
+    launches = [
+        *_prepare(region, launch),
+        f"if {writes[0]}.numel() > 0:",
+        f"    {launch.name}[{grid}](",
+        *call.splitlines(),
+        "    )",
+    ]
+    reference = [*_symbol_lines(launch, reads), *_reference(region, names)]
+    parts = FileParts(launch.name, kernel, names, launches, reference, launch.schedule, launch.predicted)
+    return file_of(region, parts)
+
+
+@dataclass(frozen=True)
+class FileParts:
+    """What differs from file to file. kernel: the text of the device functions; launches, reference: lines of the two ways to compute the region;
+    names: of what is read and written, in those lines."""
+
+    name: str
+    kernel: str
+    names: dict[Node, str]
+    launches: Sequence[str]
+    reference: Sequence[str]
+    schedule: Schedule
+    predicted: tuple[float, str] | None
+
+
+def file_of(region: Region, parts: FileParts) -> str:
+    """The whole file of these parts."""
+    reads, writes = [parts.names[node] for node in region.reads], [parts.names[node] for node in region.writes]
+    options = ", ".join(f'"{key}": {value}' for key, value in parts.schedule.items())
     return FILE.substitute(
-        title=f"{launch.name}: {len(region.nodes)} {'nodes' if len(region.nodes) > 1 else 'node'} of a graph as one kernel.",
+        title=f"{parts.name}: {len(region.nodes)} {'nodes' if len(region.nodes) > 1 else 'node'} of a graph as one kernel.",
         region="\n".join(f"    {line}" for line in region_text(region).splitlines()),
         template=region.template,
-        schedule=", ".join(f"{key}={value}" for key, value in launch.schedule.items()),
-        predicted=_predicted(launch.predicted),
+        schedule=", ".join(f"{key}={value}" for key, value in parts.schedule.items()),
+        predicted=_predicted(parts.predicted),
         options=options,
-        kernel=kernel,
-        laid=LAID if any("laid(" in line for line in prepare) else "",
+        kernel=parts.kernel,
+        laid=LAID if any("laid(" in line for line in parts.launches) else "",
         reads=", ".join(reads),
         launch_title=f"{', '.join(reads)} -> {', '.join(writes)}; tensors on one device.",
-        prepare=_lines(prepare),
-        first=writes[0],
-        name=launch.name,
-        grid=f"({rows},)" if region.is_rows else f'(triton.cdiv({first}.numel(), SCHEDULE["BLOCK"]),)',
-        call=wrapped(", ".join([*reads, *writes, *strides, *(symbol for symbol, _ in launch.symbols), *constants, "**SCHEDULE"]), 3),
-        writes=f"({', '.join(writes)})" if several else writes[0],
-        reference=_lines([*_symbol_lines(launch, reads), *_reference(region, names)]),
+        launches=_lines(parts.launches),
+        name=parts.name,
+        writes=f"({', '.join(writes)})" if len(writes) > 1 else writes[0],
+        reference=_lines(parts.reference),
+        example_type=EXAMPLE_TYPE if "tl.dot(" in parts.kernel else "",
         examples="\n".join(
             f"    ({_numbers(shape_of(node))}, {_numbers(_strides(node))}, {DTYPES[dtype_of(node)]})," for node in region.reads
         ),

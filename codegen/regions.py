@@ -23,6 +23,8 @@ from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressibl
 from paretorch.codegen.kernel import Binary, Kernel, KernelTemplate, Region, Schedule
 from paretorch.codegen.templates import TEMPLATES
 from paretorch.codegen.templates.row import LONGEST_ROW, MOST_WARPS
+from paretorch.codegen.whole_op import WholeOp, region_of_op, template_name
+from paretorch.codegen.whole_ops import WHOLE_OPS
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph, arguments, shape_of
 from paretorch.ir.ops import is_op
@@ -37,12 +39,17 @@ def can_compute(node: Node) -> bool:
     """Whether a kernel may compute this node: it has Triton text, is no mere view, and nobody reads its storage, which a kernel lays out anew."""
     if node.op != "call_function" or any(is_op(user, "as_strided") for user in node.users):
         return False
+    own = template_name(node)
+    if own is not None:
+        return WHOLE_OPS[own].refuses(node) is None
     return not_expressible(node) is None and source_of(node) is None
 
 
 def region_of(members: Iterable[Node]) -> Region:
     """The region that computes these nodes, given in graph order."""
     chosen = list(members)
+    if len(chosen) == 1 and template_name(chosen[0]) is not None:
+        return region_of_op(chosen[0])
     inside = dict.fromkeys(chosen)
     for node in chosen:
         for operand in node.all_input_nodes:
@@ -74,8 +81,12 @@ def is_tensor(node: Node) -> bool:
     return dtype_of(node) != ""
 
 
-def covers(region: Region) -> KernelTemplate | str:
+def covers(region: Region) -> KernelTemplate | WholeOp | str:
     """The template that takes this region, or a sentence."""
+    if region.template in WHOLE_OPS and not region.writes:
+        return "nobody uses its values"
+    if region.template in WHOLE_OPS:
+        return WHOLE_OPS[region.template].refuses(region.nodes[0]) or WHOLE_OPS[region.template]
     try:
         emitted(region)
     except LoweringError as error:

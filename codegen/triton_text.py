@@ -13,10 +13,11 @@ from paretorch.codegen.coordinates import plus, product, size_text, times
 from paretorch.codegen.emission import COLUMN, IDENTITY, Emitter, Line
 from paretorch.codegen.expressions import LANGUAGE_TYPES, TRITON_TYPES, compute_type, dtype_of
 from paretorch.codegen.kernel import Kernel, Region, Schedule
-from paretorch.codegen.kernel_file import LONGEST_LINE, Launch, file_text, region_text, wrapped
+from paretorch.codegen.kernel_file import LONGEST_LINE, FileParts, Launch, file_of, file_text, region_text, wrapped
 from paretorch.codegen.regions import default_schedule, emitted, symbols_of
 from paretorch.codegen.templates import TEMPLATES
 from paretorch.codegen.templates.long_row import PASS
+from paretorch.codegen.whole_ops import WHOLE_OPS
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import shape_of
 from paretorch.ir.ops import op_of
@@ -31,6 +32,8 @@ def render(
 
     Raises LoweringError if no template can take it.
     """
+    if region.template in WHOLE_OPS:
+        return _render_op(region, _name(region, number_of_kernel), schedule, predicted)
     template = TEMPLATES[region.template]
     try:
         emitter = emitted(region)
@@ -54,6 +57,20 @@ def render(
     source = file_text(region, launch, text)
     seconds = predicted[0] if predicted is not None else None
     return Kernel(name, source, region_text(region), region.template, schedule, parameters, constants, seconds)
+
+
+def _render_op(region: Region, name: str, schedule: Schedule | None, predicted: tuple[float, str] | None) -> Kernel:
+    """The kernel of an op that has a template of its own. Raises LoweringError."""
+    reason = WHOLE_OPS[region.template].refuses(region.nodes[0])
+    if reason is not None:
+        raise LoweringError(f"template {region.template} cannot take {region}: {reason}")
+    built = WHOLE_OPS[region.template].build(region, name, schedule)
+    parts = FileParts(name, built.text, built.names, built.launches, built.reference, built.schedule, predicted)
+    seconds = predicted[0] if predicted is not None else None
+    return Kernel(
+        name, file_of(region, parts), region_text(region), region.template, built.schedule, built.parameters,
+        predicted_s=seconds, parts=built.parts,
+    )  # fmt: skip
 
 
 def _name(region: Region, number_of_kernel: int) -> str:

@@ -5,6 +5,7 @@ the most predicted seconds are joined first: bytes that no longer travel and a l
 is broadcast or seen through several views is computed for each element that needs it. It ends where nothing saves any more. A union must be one
 kernel that a template takes, with values in registers, and must leave an order in which everything can run. A value with other users is written.
 
+An op with a template of its own is a region by itself, where torch has no kernel for just this and ours is predicted to take no longer.
 What no kernel takes, a lone elementwise op included, runs as torch; views cost nothing.
 """
 
@@ -24,6 +25,8 @@ from paretorch.codegen.expressions import dtype_of, row_text
 from paretorch.codegen.kernel import Region
 from paretorch.codegen.regions import can_compute, emitted, region_of
 from paretorch.codegen.triton_runtime import Priced, signature
+from paretorch.codegen.whole_op import Effort, template_name
+from paretorch.codegen.whole_ops import WHOLE_OPS
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.work import number, other_sizes
 from paretorch.ir.errors import LoweringError
@@ -97,12 +100,12 @@ class Fusion:
 
     def _plan(self, graph: Graph) -> FusionPlan:
         merging = _Merging(graph, self.cost)
-        chosen = [nodes for nodes in merging.run() if len(nodes) > 1 or row_text(nodes[0]) is not None]
+        chosen = [nodes for nodes in merging.run() if len(nodes) > 1 or row_text(nodes[0]) is not None or self._goes_first(nodes[0])]
         fused = []
         for nodes in chosen:
             cost = self.cost(nodes)
             assert cost is not None  # what no template takes stands alone
-            apart = sum((self.cost([node]) or NOTHING for node in nodes), NOTHING)
+            apart = sum((self._apart(node) for node in nodes), NOTHING)
             fused.append(Fused(region_of(nodes), cost, apart))
         inside = {node for one in fused for node in one.region.nodes}
         left = [node for node in graph.calls if node not in inside]
@@ -118,7 +121,28 @@ class Fusion:
             self._known[key] = self._cost(region)
         return self._known[key]
 
+    def _goes_first(self, node: Node) -> bool:
+        """Whether a kernel of its own stands in for torch's."""
+        name, cost = template_name(node), self.cost([node])
+        if name is None or cost is None or not WHOLE_OPS[name].goes_first(node):
+            return False
+        return cost.seconds <= self.prices.node_cost(node, RUNTIME).seconds
+
+    def _apart(self, node: Node) -> Cost:
+        if template_name(node) is not None:
+            return self.prices.node_cost(node, RUNTIME)
+        return self.cost([node]) or NOTHING
+
+    def _whole(self, node: Node, effort: Effort) -> Cost:
+        flops, moved = number(effort.flops, node), number(effort.bytes_moved, node)
+        if effort.is_rated_alike:
+            return self.prices.op_cost(node, moved, flops, effort.launches, RUNTIME)
+        return self.prices.kernel_cost(moved, flops, "f32", RUNTIME, effort.launches)
+
     def _cost(self, region: Region) -> Cost | None:
+        if region.template in WHOLE_OPS:
+            template, node = WHOLE_OPS[region.template], region.nodes[0]
+            return self._whole(node, template.effort(node)) if template.refuses(node) is None and region.writes else None
         try:
             emitter = emitted(region)
         except LoweringError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from paretorch.codegen.kernel import Kernel
+from paretorch.codegen.kernel import Kernel, Part
 from paretorch.codegen.regions import can_compute, region_of
 from paretorch.codegen.triton_runtime import Priced, kernels_of
 from paretorch.ir.graph import Graph
@@ -42,6 +42,9 @@ class Generated:
         kernels = []
         for row in body["kernels"]:
             row["parameters"] = tuple((name, kind) for name, kind in row["parameters"])
+            row["parts"] = tuple(
+                Part(part["name"], tuple((name, kind) for name, kind in part["parameters"]), part["schedule"]) for part in row["parts"]
+            )
             kernels.append(Kernel(source=members[_path(row["name"])].decode(), **row))
         regions = [
             (region_of([calls[place] for place in places]), (predicted[0], predicted[1]) if predicted is not None else None)

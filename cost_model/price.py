@@ -7,7 +7,7 @@ are free where the runtime has strides (the reshape of a permuted value is then 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,11 +68,18 @@ class Prices:
         """Predicted cost of one node where it stands in its graph, with weights that are in a cache."""
         return self._cost(node, _Context(runtime, 0.0, 0.0))
 
-    def kernel_cost(self, bytes_moved: float, flops: float, dtype: str, runtime: str) -> Cost:
+    def kernel_cost(self, bytes_moved: float, flops: float, dtype: str, runtime: str, launches: int = 1) -> Cost:
         """Predicted cost of one kernel that streams so many bytes: what a region of light ops costs as one. Raises TargetError."""
         rates = self.rates(runtime, dtype)
         work = Work(("elementwise",), (max(bytes_moved, 1.0),), flops, bytes_moved, dtype)
-        return Cost(_seconds(work, rates) * rates.scale + rates.launch_s, flops, bytes_moved, 1.0)
+        return Cost(_seconds(work, rates) * rates.scale + launches * rates.launch_s, flops, bytes_moved, float(launches))
+
+    def op_cost(self, node: Node, bytes_moved: float, flops: float, launches: int, runtime: str) -> Cost:
+        """Predicted cost of this node by a kernel that does so much, at the rates of its op. Raises TargetError."""
+        work = replace(work_of(node), flops=flops, bytes_moved=bytes_moved)
+        rates = self.rates(runtime, work.dtype)
+        seconds = _seconds(work, rates) * _scale(node, work, rates) + launches * rates.launch_s
+        return Cost(seconds, flops, bytes_moved, float(launches))
 
     def call_cost(self, graph: Graph, runtime: str) -> Cost:
         """What one call costs beside its nodes. Raises TargetError."""

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
+import pytest
 import torch
 from torch import Tensor
 
-from paretorch.codegen.kernel import Kernel, Region
+from paretorch.codegen.kernel import ARCHITECTURES, Kernel, Region, compile_kernels
 from paretorch.codegen.regions import can_compute, region_of
 from paretorch.codegen.triton_text import render
 from paretorch.ir.builder import build
+from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import aten
 from paretorch.ir.types import parse_type
+
+
+def mend_interpreter() -> None:
+    """Triton's interpreter multiplies blocks of bf16 by their bits; here it widens them first, as matrix units do. That of triton 3.6 cannot
+    count to a computed number with numpy 2.4, which takes no array of one element for a number."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def wide(block: Any) -> Any:
+        if block.dtype.scalar != tl.bfloat16:
+            return block
+        data = interpreter._convert_float(block.data, tl.bfloat16, tl.float32, None).view(numpy.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    set_up = interpreter._patch_lang_tensor
+
+    def counting(tensor: Any, scope: Any) -> None:
+        set_up(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = counting
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, wide(a), wide(b), *rest)
+
+
+if find_spec("triton") is not None:
+    mend_interpreter()
 
 # What computing in f32 and rounding once leaves against f64 rounded once, relative to the largest result: a few units in the last place of each
 # type, and more where a sum over thousands of columns is taken in another order.
@@ -83,6 +121,74 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 def width_of(x: Any) -> int:
     return x.meta["val"].shape[-1]
+
+
+# nothing is read or written outside, and what compilers make of kernels
+
+
+GUARD = 4096
+MARK = {torch.bool: True}
+
+
+def between_guards(x: Tensor, mark: float) -> tuple[Tensor, Tensor]:
+    """(the tensor in the middle of a longer one, that one)."""
+    whole = torch.full((x.numel() + 2 * GUARD,), MARK.get(x.dtype, mark), dtype=x.dtype)
+    whole[GUARD : GUARD + x.numel()] = x.reshape(-1)
+    return whole[GUARD : GUARD + x.numel()].view(x.shape), whole
+
+
+def launched_between_guards(made: Kernel, inputs: list[Tensor]) -> Any:
+    """Runs the kernel with guards of NaN around what it reads; guards around what it writes must stay."""
+    guards: list[Tensor] = []
+
+    def empty(shape: tuple[int, ...], **options: Any) -> Tensor:
+        inner, whole = between_guards(torch.zeros(shape, **options), 7.0)
+        guards.append(whole)
+        return inner
+
+    module = made.module
+    module.torch = SimpleNamespace(**{**vars(torch), "empty": empty})  # type: ignore[attr-defined]
+    try:
+        found = module.launch(*(between_guards(x, float("nan"))[0] for x in inputs))
+    finally:
+        module.torch = torch  # type: ignore[attr-defined]
+    for whole in guards:
+        edges = torch.cat([whole[:GUARD], whole[-GUARD:]])
+        assert torch.equal(edges, torch.full_like(edges, MARK.get(edges.dtype, 7.0)))
+    return found if isinstance(found, tuple) else (found,)
+
+
+# bytes that one program may have
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
+
+def check_compiled(kernels: list[Kernel]) -> None:
+    """Every kernel compiles for every architecture, without spills, with shared memory that a program may have."""
+    try:
+        found = compile_kernels(kernels)
+    except TargetError as error:
+        pytest.skip(str(error))
+    assert set(found) == {(made.name, arch) for made in kernels for arch in ARCHITECTURES}
+    for (name, arch), binary in found.items():
+        assert binary.spills == 0, (name, arch)
+        assert 0 < binary.registers <= (512 if arch == "gfx942" else 255)
+        assert binary.shared_bytes <= SHARED_BYTES[arch]
+        assert binary.binary
+
+
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in version("triton").split(".")[:2])
+
+
+def run_alone(made: Kernel, folder: Path) -> None:
+    """The kernel's file as a script: it compares itself with torch. Skipped where the interpreter would have to be mended."""
+    if "in range(" in made.source and triton_version() < (3, 7) and int(numpy.__version__.split(".")[1]) >= 4:
+        pytest.skip("the interpreter of triton 3.6 cannot count to a computed number with numpy 2.4")
+    path = folder / f"{made.name}.py"
+    path.write_text(made.source)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
+    assert f"{made.name}: agrees with torch" in done.stdout, done.stderr
 
 
 # functions

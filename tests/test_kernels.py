@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from paretorch.codegen.kernel import ARCHITECTURES, Kernel, compile_kernels
-from paretorch.ir.errors import TargetError
-from tests.kernel_cases import DTYPES, FAMILIES, LONG, SHAPES, TOLERANCE, assert_close, in_f64, inputs_of, kernel, read_by, region
+from tests.kernel_cases import (
+    DTYPES,
+    FAMILIES,
+    LONG,
+    SHAPES,
+    TOLERANCE,
+    assert_close,
+    check_compiled,
+    in_f64,
+    inputs_of,
+    kernel,
+    launched_between_guards,
+    read_by,
+    region,
+)
 
 pytest.importorskip("triton")
 
@@ -67,62 +75,11 @@ def test_any_shape(family: str, rows: int, width: int, dtype: str, seed: int) ->
     check(family, dtype, rows, width, seed)
 
 
-# nothing is read or written outside
-
-
-GUARD = 4096
-MARK = {torch.bool: True}
-
-
-def between_guards(x: Tensor, mark: float) -> tuple[Tensor, Tensor]:
-    """(the tensor in the middle of a longer one, that one)."""
-    whole = torch.full((x.numel() + 2 * GUARD,), MARK.get(x.dtype, mark), dtype=x.dtype)
-    whole[GUARD : GUARD + x.numel()] = x.reshape(-1)
-    return whole[GUARD : GUARD + x.numel()].view(x.shape), whole
-
-
-def launched_between_guards(made: Kernel, inputs: list[Tensor]) -> Any:
-    """Runs the kernel with guards of NaN around what it reads; guards around what it writes must stay."""
-    guards: list[Tensor] = []
-
-    def empty(shape: tuple[int, ...], **options: Any) -> Tensor:
-        inner, whole = between_guards(torch.zeros(shape, **options), 7.0)
-        guards.append(whole)
-        return inner
-
-    module = made.module
-    module.torch = SimpleNamespace(**{**vars(torch), "empty": empty})  # type: ignore[attr-defined]
-    try:
-        found = module.launch(*(between_guards(x, float("nan"))[0] for x in inputs))
-    finally:
-        module.torch = torch  # type: ignore[attr-defined]
-    for whole in guards:
-        edges = torch.cat([whole[:GUARD], whole[-GUARD:]])
-        assert torch.equal(edges, torch.full_like(edges, MARK.get(edges.dtype, 7.0)))
-    return found if isinstance(found, tuple) else (found,)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_outside_is_touched(family: str) -> None:
     graph = FAMILIES[family].graph("f32", 3, 37)
     inputs = inputs_of(graph)
     assert_close(launched_between_guards(kernel(graph), read_by(graph, inputs)), graph.run(*inputs), TOLERANCE["f32"])
-
-
-# compilers
-
-
-def check_compiled(kernels: list[Kernel]) -> None:
-    try:
-        found = compile_kernels(kernels)
-    except TargetError as error:
-        pytest.skip(str(error))
-    assert set(found) == {(made.name, arch) for made in kernels for arch in ARCHITECTURES}
-    for (name, arch), binary in found.items():
-        assert binary.spills == 0, (name, arch)
-        assert 0 < binary.registers <= (512 if arch == "gfx942" else 255)
-        assert binary.shared_bytes <= 48 * 1024
-        assert binary.binary
 
 
 def test_no_spills() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +38,7 @@ from tests.kernel_cases import (
     read_by,
     region,
     rotary,
+    run_alone,
 )
 from tests.zoo import make
 
@@ -348,12 +346,7 @@ def test_an_architecture_that_is_not_known() -> None:
 
 @pytest.mark.parametrize("name", ["layer_norm", "rotary"])
 def test_a_file_runs_alone(name: str, tmp_path: Path) -> None:
-    made = kernel(FAMILIES[name].graph("bf16", 4, 32))
-    path = tmp_path / f"{made.name}.py"
-    path.write_text(made.source)
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
-    assert f"{made.name}: agrees with torch" in done.stdout, done.stderr
+    run_alone(kernel(FAMILIES[name].graph("bf16", 4, 32)), tmp_path)
 
 
 def test_runtime_needs_a_gpu() -> None:

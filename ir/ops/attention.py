@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from paretorch.ir.ops.costs import inputs_and_output, output, type_of_argument
 from paretorch.ir.ops.library import LIBRARY
-from paretorch.ir.ops.table import Op, aten, define
+from paretorch.ir.ops.table import Op, OpTemplate, aten, define
 
 SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? key_bias=None, *, float scale, "
@@ -95,7 +95,8 @@ def attention_flops(node: Node) -> Any:
 
 define(Op(
     name="attention", targets=(torch.ops.paretorch.attention.default,), kind="attention", flops=attention_flops,
-    bytes=inputs_and_output, axes="attention", onnx="attention", source="arXiv:1706.03762",
+    bytes=inputs_and_output, axes="attention", onnx="attention", triton=OpTemplate("attention"),
+    source="arXiv:1706.03762",
 ))  # fmt: skip
 define(Op(
     name="scaled_dot_product_attention", targets=(aten("scaled_dot_product_attention.default"),), kind="attention",

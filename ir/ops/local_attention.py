@@ -23,7 +23,7 @@ from paretorch.ir.graph import arguments
 from paretorch.ir.ops.attention import attention
 from paretorch.ir.ops.costs import inputs_and_output, output, type_of_argument
 from paretorch.ir.ops.library import LIBRARY
-from paretorch.ir.ops.table import Missing, Op, define
+from paretorch.ir.ops.table import Missing, Op, OpTemplate, define
 
 SCHEMA = (
     "local_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias=None, *, float scale, "
@@ -92,5 +92,6 @@ def local_attention_flops(node: Node) -> Any:
 define(Op(
     name="local_attention", targets=(torch.ops.paretorch.local_attention.default,), kind="attention", flops=local_attention_flops,
     bytes=inputs_and_output, axes="attention", onnx=Missing("exported by its definition: lookups and one attention"),
+    triton=OpTemplate("attention"),
     source="arXiv:2004.05150", definition=local_attention,
 ))  # fmt: skip

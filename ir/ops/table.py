@@ -115,6 +115,13 @@ class RowText:
 
 
 @dataclass(frozen=True)
+class OpTemplate:
+    """The op is a kernel of its own: the name of a template of whole ops."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Op:
     """One row.
 
@@ -123,7 +130,7 @@ class Op:
     bytes: (node) -> bytes read and written. axes: a key of AXES; None stops token-axis rewrites at this op.
     moves_data: False if it only re-describes its input (view, transpose, …).
     triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option;
-    of an op over rows the steps of its computation.
+    of an op over rows the steps of its computation; of an op that is a kernel of its own the template.
     onnx: the ONNX op that it becomes, or an emitter of `codegen/onnx/`.
     definition: the function of torch ops that it runs as, where that is several passes over memory; its price is then theirs.
     """
@@ -136,7 +143,7 @@ class Op:
     axes: str | None = None
     elementwise: bool = False
     commutative: bool = False
-    triton: str | dict[str, str] | RowText | Missing = Missing("not an elementwise op")
+    triton: str | dict[str, str] | RowText | OpTemplate | Missing = Missing("not an elementwise op")
     onnx: str | Missing = Missing("runs as torch")
     source: str = ""
     definition: Callable[..., Any] | None = None

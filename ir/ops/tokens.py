@@ -34,7 +34,7 @@ from torch.fx import Node
 
 from paretorch.ir.ops.costs import inputs_and_output, operands, output, output_twice, per_element, zero
 from paretorch.ir.ops.library import LIBRARY
-from paretorch.ir.ops.table import Missing, Op, define, op_of
+from paretorch.ir.ops.table import Missing, Op, OpTemplate, define, op_of
 
 HIDDEN = -1e30  # the bias of a token of size 0: no weight beside any real token, and a row of nothing but padding stays finite
 
@@ -210,7 +210,8 @@ SPELLED_OUT = Missing("exported by its definition: lookups and products")
 SOURCE = "arXiv:2210.09461"
 define(Op(
     name="match_tokens", targets=(torch.ops.paretorch.match_tokens.default,), kind="matrix", flops=match_flops,
-    bytes=inputs_and_output, axes="match_tokens", onnx=SPELLED_OUT, source=SOURCE, definition=match_tokens,
+    bytes=inputs_and_output, axes="match_tokens", onnx=SPELLED_OUT, triton=OpTemplate("match_tokens"),
+    source=SOURCE, definition=match_tokens,
 ))  # fmt: skip
 define(Op(
     name="merge_tokens", targets=(torch.ops.paretorch.merge_tokens.default,), kind="gather", flops=merge_flops,

@@ -1,0 +1,105 @@
+"""The kernels that `benchmarks/gpu.py` times: each as a graph of one region, with what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paretorch.codegen.kernel import Kernel
+from paretorch.codegen.regions import can_compute, region_of
+from paretorch.codegen.triton_text import render
+from paretorch.ir.builder import build
+from paretorch.ir.ops import aten
+from paretorch.ir.types import DTYPES, parse_type
+
+DEVICE = "cuda"
+ROWS, WIDTH = 32768, 8192
+Made = tuple[Callable[[], object], int]
+
+
+def kernel_of(function: Callable[..., Any], **types: str) -> tuple[Kernel, list[Tensor]]:
+    """The kernel of all nodes of this function, and random inputs on the GPU in the order that it reads."""
+    graph = build("one", function, **{name: parse_type(text) for name, text in types.items()})
+    region = region_of([node for node in graph.calls if can_compute(node)])
+    inputs = []
+    for node in region.reads:
+        fake = node.meta["val"]
+        inputs.append(torch.randn(fake.shape, device=DEVICE, dtype=torch.float32).to(fake.dtype))
+    return render(region), inputs
+
+
+def call_of(function: Callable[..., Any], **types: str) -> Made:
+    """(a launch, the bytes that it must move)."""
+    made, inputs = kernel_of(function, **types)
+    results = made.launch(*inputs)
+    written = results if isinstance(results, tuple) else (results,)
+    moved = sum(x.numel() * x.element_size() for x in (*inputs, *written))
+    return lambda: made.launch(*inputs), moved
+
+
+def streaming() -> dict[str, Callable[[], Made]]:
+    """Goal's name -> what makes its kernel and bytes, of those that are bounded by memory; made one at a time, since each fills gigabytes."""
+    row, channel = f"bf16[{ROWS},{WIDTH}]", f"bf16[{WIDTH}]"
+
+    def residual(b: Any, x: Any, y: Any, weight: Any, bias: Any) -> Any:
+        total = b.add(x, y)
+        return total, b.layer_norm(total, [WIDTH], weight, bias, 1e-5)
+
+    def gated(b: Any, packed: Any) -> Any:
+        halves = b.split(packed, WIDTH, -1)
+        return b.mul(b.silu(b.item(halves, 0)), b.item(halves, 1))
+
+    def rotary(b: Any, x: Any, cos: Any, sin: Any) -> Any:
+        turned = b.permute(x, [0, 2, 1, 3])
+        left, right = b.slice(turned, -1, 0, 64), b.slice(turned, -1, 64)
+        return b.add(b.mul(turned, cos), b.mul(b.cat([b.neg(right), left], -1), sin))
+
+    return {
+        "RMS norm, bf16 32768 x 8192": lambda: call_of(lambda b, x, w: b.rms_norm(x, [WIDTH], w, 1e-6), x=row, w=channel),
+        "residual + layer norm, bf16 32768 x 8192": lambda: call_of(residual, x=row, y=row, weight=channel, bias=channel),
+        "bias + GELU, bf16 32768 x 8192": lambda: call_of(lambda b, x, bias: b.gelu(b.add(x, bias)), x=row, bias=channel),
+        "SwiGLU of a packed product, bf16 16384 x 16384": lambda: call_of(gated, packed=f"bf16[16384,{2 * WIDTH}]"),
+        "rotary embedding, bf16 4 x 16384 x 32 x 128": lambda: call_of(
+            rotary, x="bf16[4,16384,32,128]", cos="bf16[16384,128]", sin="bf16[16384,128]"
+        ),
+        "softmax, bf16 32768 x 8192": lambda: call_of(lambda b, x: b.call(aten("softmax.int"), (x, -1)), x=row),
+        "decode, bf16 batch 16, 32k keys, 8 key heads": lambda: call_of(
+            lambda b, q, k, v: b.attention(q, k, v, scale=0.09),
+            q="bf16[16,32,1,128]", k="bf16[16,8,32768,128]", v="bf16[16,8,32768,128]",
+        ),
+    }  # fmt: skip
+
+
+def attention(batch: int, heads: int, tokens: int, width: int, **options: int) -> tuple[Callable[[], object], list[Tensor]]:
+    """Our kernel and its inputs."""
+    shape = f"bf16[{batch},{heads},{tokens},{width}]"
+    made, inputs = kernel_of(lambda b, q, k, v: b.attention(q, k, v, scale=width**-0.5, **options), q=shape, k=shape, v=shape)
+    return lambda: made.launch(*inputs), inputs
+
+
+def sized(batch: int, heads: int, tokens: int, width: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(our kernel with a number for each key, SDPA with a mask of it)."""
+    shape = f"bf16[{batch},{heads},{tokens},{width}]"
+    made, inputs = kernel_of(
+        lambda b, q, k, v, s: b.attention(q, k, v, None, s, scale=width**-0.5), q=shape, k=shape, v=shape, s=f"f32[{batch},{tokens}]"
+    )
+    query, key, value, bias = inputs
+    mask = bias.to(query.dtype)[:, None, None, :].expand(batch, 1, tokens, tokens)
+    return lambda: made.launch(*inputs), lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def matching() -> tuple[Callable[[], object], Callable[[], object]]:
+    """(our kernel, the op's definition in eager torch)."""
+
+    def match(b: Any, metric: Any, size: Any) -> Any:
+        found = b.match_tokens(metric, size, 13, 1)
+        return tuple(b.item(found, place) for place in range(3))
+
+    graph = build("one", match, metric=parse_type("bf16[64,197,64]"), size=parse_type("f32[64,197]"))
+    made = render(region_of(graph.calls[:1]))
+    metric, size = torch.randn(64, 197, 64, device=DEVICE, dtype=DTYPES["bf16"]), torch.ones(64, 197, device=DEVICE)
+    return lambda: made.launch(metric, size), lambda: torch.ops.paretorch.match_tokens(metric, size, 13, 1)

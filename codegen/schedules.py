@@ -1,0 +1,65 @@
+"""Schedules of templates that hold blocks of products: sizes that the registers and the shared memory of every architecture hold.
+
+A thread holds its shares of the blocks of scores, of results and of queries, in registers. `HELD` says how many of these did not spill on any of
+sm_80, sm_90 and gfx942 when cross-compiled with triton 3.7 (2026-11-21): fewer where more is done between the products, since operands are then
+held beside them, and fewer in f32, whose products NVIDIA's compilers unroll.
+"""
+
+from __future__ import annotations
+
+from paretorch.codegen.kernel import Schedule
+
+SHARED_BYTES = 64 * 1024  # of gfx942, the least of the three
+HALF_BLOCKS = ((128, 64, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4), (16, 64, 4), (32, 16, 4), (16, 32, 4), (16, 16, 4))
+FULL_BLOCKS = ((32, 16, 4), (16, 16, 4))
+HELD = {
+    ("half", "light"): 128,
+    ("half", "biased"): 128,
+    ("half", "heavy"): 96,
+    ("full", "light"): 40,
+    ("full", "biased"): 40,
+    ("full", "heavy"): 40,
+}
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is no smaller, and at least 16: what a product of blocks takes."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+def attention_schedules(
+    itemsize: int, width: int, value_width: int, rows: int | None, keys: int | None, *, form: str
+) -> tuple[Schedule, ...]:
+    """The block sizes that fit, the best first. rows, keys: None if they vary; form: what is done to scores: "light" for a factor,
+    "biased" for a number of each key, "heavy" for more."""
+    widths = {"BLOCK_WIDTH": power_of_two(width), "BLOCK_VALUE": power_of_two(value_width)}
+    most_rows = 128 if rows is None else power_of_two(rows)
+    most_keys = 128 if keys is None else power_of_two(keys)
+    if form != "light":  # AMD keeps a truth for each score in a pair of scalar registers
+        most_keys = min(most_keys, 32)
+    if form != "light" and max(width, value_width) > 128:
+        most_rows = most_keys = 16
+    if form == "biased":
+        most_rows = min(most_rows, 64)
+    precision = "half" if itemsize < 4 else "full"
+    found = []
+    for block_rows, block_keys, warps in HALF_BLOCKS if precision == "half" else FULL_BLOCKS:
+        options = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, **widths, "num_warps": warps, "num_stages": 2}
+        small = block_rows <= most_rows and block_keys <= most_keys
+        held = attention_held(options, itemsize)
+        if small and held <= HELD[precision, form] and attention_shared(options, itemsize) <= SHARED_BYTES:
+            found.append(options)
+    return tuple(found) or ({"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, **widths, "num_warps": 4, "num_stages": 1},)
+
+
+def attention_held(options: Schedule, itemsize: int) -> int:
+    """Registers of a thread for scores, their powers, the results so far and the queries."""
+    rows, keys = options["BLOCK_ROWS"], options["BLOCK_KEYS"]
+    shares = rows * (2 * keys + options["BLOCK_VALUE"]) + rows * options["BLOCK_WIDTH"] * itemsize // 4
+    return shares // (32 * options["num_warps"])
+
+
+def attention_shared(options: Schedule, itemsize: int) -> int:
+    """Bytes of the keys and values of one stage, and of the queries: what AMD's pipeline holds."""
+    keys = options["BLOCK_KEYS"] * (options["BLOCK_WIDTH"] + options["BLOCK_VALUE"])
+    return (keys + options["BLOCK_ROWS"] * options["BLOCK_WIDTH"]) * itemsize
