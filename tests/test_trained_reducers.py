@@ -128,8 +128,10 @@ def test_what_is_left_may_be_merged() -> None:
     after = apply_choice(tome, apply_choice(RULE, graph, "attention_1", 0.6), "attention_1", 2)
     assert [node.meta["val"].shape[2] for node in after.calls if is_op(node, "attention")] == [16, 10, 8]
     assert torch.isfinite(after.run(*inputs)[0]).all()
-    with pytest.raises(PlanError, match=r"has a mask of its own|sizes are taken from one of them only"):
-        apply_choice(tome, apply_choice(RULE, graph, "attention_1", 0.6), "attention", 2)
+    before = apply_choice(tome, apply_choice(RULE, graph, "attention_1", 0.6), "attention", 2)  # the step chooses among tokens brought back
+    assert [node.meta["val"].shape[2] for node in before.calls if is_op(node, "attention")] == [16, 10, 10]
+    assert any(is_op(node, "unmerge_tokens") for node in before.calls)
+    assert torch.isfinite(before.run(*inputs)[0]).all()
 
 
 def test_what_the_data_need() -> None:
@@ -241,7 +243,9 @@ def unweighed(graph: Graph) -> Graph:
     return graph.clean()
 
 
-def test_weights_that_are_no_softmax_are_refused() -> None:
-    sites, refusals = offered(pooled("sigmoid")[0], "tome")
-    assert not sites
-    assert "mixes tokens by aten.matmul.default, not as one attention" in refusals[0]
+def test_weights_that_are_no_softmax_read_tokens_brought_back() -> None:
+    graph, x = pooled("sigmoid")
+    assert offered(graph, "tome")[0] == ["attention", "attention_1"]
+    after = apply_choice(rules_named(["tome"])[0], graph, "attention", 4)
+    assert any(is_op(node, "unmerge_tokens") for node in after.calls)
+    torch.testing.assert_close(after.run(x)[0], graph.run(x)[0], **EXACT)
