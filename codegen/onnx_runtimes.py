@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from paretorch.codegen.onnx.export import LARGEST_INLINE, OnnxModel, to_onnx
+from paretorch.codegen.onnx.export import LARGEST_INLINE, SHARED_FROM, OnnxModel, to_onnx
 from paretorch.codegen.reduced import covers_products, half_node, without_reduced
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
@@ -152,9 +153,20 @@ def _model(graph: Graph) -> OnnxModel:
 
 
 def _key(graph: Graph) -> Hashable:
-    """Equal for graphs of the same function, over the same constants, with inputs of the same names."""
-    places = tuple((tensor.data_ptr(), tensor.stride()) for tensor in map(graph.constants.__getitem__, constants_in_order(graph)))
-    return structural_hash(graph), places, tuple(str(node.target) for node in graph.inputs)
+    """Equal for graphs of the same function, over the same constants, with inputs of the same names.
+
+    A model shares the memory of large constants and has copies of the others, so what these hold now counts: training edits weights in place.
+    """
+    constants = [graph.constants[name] for name in constants_in_order(graph)]
+    held = tuple((tensor.data_ptr(), tensor.stride(), _copied(tensor)) for tensor in constants)
+    return structural_hash(graph), held, tuple(str(node.target) for node in graph.inputs)
+
+
+def _copied(tensor: Tensor) -> bytes:
+    """A digest of what a constant holds of which the model has a copy: a small one, or one in another order. Empty for one that is shared."""
+    if not tensor.numel() or tensor.is_meta or (tensor.nbytes >= SHARED_FROM and tensor.is_contiguous()):
+        return b""
+    return sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _no_onnx_form(graph: Graph | None) -> str | None:

@@ -138,3 +138,17 @@ def test_refusals() -> None:
     odd = build("odd", lambda b, x: b.call(torch.ops.aten.digamma.default, (x,)), x=TensorType("f32", (2, 3)))
     with pytest.raises(LoweringError, match="digamma"):
         RUNTIMES["onnxruntime"].compile(odd, (torch.randn(2, 3),))
+
+
+def test_weights_that_were_edited_in_place_are_exported_again() -> None:
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 8)).eval()  # its weights are small, large and small
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    graph = exported(model, (x,))
+    runtime = RUNTIMES["onnxruntime"]
+    assert torch.allclose(runtime.compile(graph, (x,))(x)[0], model(x), atol=1e-5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    again = exported(model, (x,))  # the first graph still lives, and shares its weights
+    assert torch.allclose(runtime.compile(again, (x,))(x)[0], model(x), atol=1e-5)
