@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from paretorch.ir.graph import Graph
 from paretorch.plan import Choice
-from paretorch.rewrites.rule import Rule
+from paretorch.rewrites.rule import Rule, Site
 
 
 class Conflicts:
@@ -48,9 +48,9 @@ class Conflicts:
     def _is_behind(self, site: str, other: str) -> bool:
         """Whether a site is computed from another one's value. A site of the whole model is behind none."""
         if other not in self._behind:
-            start = self.graph.node(other.split("+")[0])
+            start = self.graph.node(Site(other).parts[0])
             self._behind[other] = _users(start) if start is not None else set()
-        node = self.graph.node(site.split("+")[0])
+        node = self.graph.node(Site(site).parts[0])
         return node is not None and node in self._behind[other]
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 from paretorch.cost_model.memory import weight_bytes
-from paretorch.ir.analyze import Facts, analyze
+from paretorch.ir.analyze import analyze
 from paretorch.ir.graph import Graph
 from paretorch.plan import Choice
 from paretorch.rewrites.apply import Candidate, apply_choice
+from paretorch.rewrites.rule import MODEL
 from paretorch.savings import Pricing
 from paretorch.shortened import shortened
 
 if TYPE_CHECKING:
     from paretorch.session import Session
 
-SITE_PARTS = re.compile(r"\+|->")  # between the nodes that name a site
-
 
 def pricing_of(session: Session) -> Pricing:
     """For candidates on the session's exact graph."""
     facts, weights = analyze(session.exact), weight_bytes(session.exact)
-    short, roles = shortened(session.exact, facts), _roles(facts)
+    short, places = shortened(session.exact, facts), facts.repetition.places
     names = {node.name for node in short.nodes}
     by_name = {rule.name: rule for rule in session.rules}
 
@@ -36,24 +34,18 @@ def pricing_of(session: Session) -> Pricing:
         return part - seconds(apply_choice(by_name[choice.rule], short, choice.site, choice.knob))
 
     def saved(choice: Choice) -> float:
-        if choice.site == "model":  # what is done to every layer saves in proportion
+        if choice.site == MODEL:  # what is done to every layer saves in proportion
             return saved_in_short(choice) * whole / part
         return whole - session.price(session.apply((choice,)))[0]
 
     def alike(candidate: Candidate) -> Hashable:
         """The places of its site within repeated layers; its own name where a part of the site is in none."""
-        parts = [roles.get(name) for name in SITE_PARTS.split(candidate.site.name)]
+        parts = [places.get(name) for name in candidate.site.parts]
         return tuple(parts) if None not in parts else candidate.site.name
 
     return Pricing(
         alike=alike,
         saved=saved,
         saved_in_short=saved_in_short,
-        is_in_short=lambda candidate: names.issuperset(SITE_PARTS.split(candidate.site.name)),
+        is_in_short=lambda candidate: names.issuperset(candidate.site.parts),
     )
-
-
-def _roles(facts: Facts) -> dict[str, tuple[int, int]]:
-    """(class, place within the region) of each node that is part of a repeated layer."""
-    classes = facts.repetition.classes
-    return {name: (kind, place) for kind, regions in enumerate(classes) for region in regions for place, name in enumerate(region)}

@@ -21,6 +21,7 @@ from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.plan import Choice, Knob
 from paretorch.rewrites.apply import Candidate
+from paretorch.rewrites.rule import MODEL
 from paretorch.savings import Pricing, Savings
 from paretorch.stages import Stages
 
@@ -115,8 +116,8 @@ def search(problem: Problem) -> list[Point]:
 def _explore(state: _State, base_seconds: float) -> None:
     problem = state.problem
     moves = _measure_moves(state, base_seconds)
-    wide = [move for move in moves if move.choice.site == "model"]
-    narrow = [move for move in moves if move.choice.site != "model"]
+    wide = [move for move in moves if move.choice.site == MODEL]
+    narrow = [move for move in moves if move.choice.site != MODEL]
     starts: list[tuple[tuple[Choice, ...], list[Move]]] = [((), narrow)]
     starts += [((w.choice,), [m for m in narrow if m.choice.rule != w.choice.rule]) for w in wide]
     for start, usable in sorted(starts, key=lambda item: -len(item[0])):
@@ -175,7 +176,7 @@ class _State:
 def _is_dominated(state: _State) -> bool:
     """Whether a rewrite of the whole model is so good that plans without it are not worth a search."""
     return any(
-        len(choices) == 1 and choices[0].site == "model" and point.loss <= WIDE_SHARE * state.problem.limit
+        len(choices) == 1 and choices[0].site == MODEL and point.loss <= WIDE_SHARE * state.problem.limit
         for choices, point in state.points.items()
     )
 
@@ -213,7 +214,7 @@ def _in_turn(candidates: Sequence[Candidate]) -> list[Candidate]:
     ranked = []
     for place, candidate in enumerate(candidates):
         number, counts[candidate.rule.name] = counts[candidate.rule.name], counts[candidate.rule.name] + 1
-        ranked.append((candidate.site.name != "model", int(f"{number:032b}"[::-1], 2), place))
+        ranked.append((candidate.site.name != MODEL, int(f"{number:032b}"[::-1], 2), place))
     return [candidates[place] for *_, place in sorted(ranked)]
 
 
@@ -323,7 +324,7 @@ def _neighbours(best: Point, moves: Sequence[Move], chance: random.Random, slot:
         if before == move.choice or (before in known and move.saved <= known[before].saved):
             continue
         kept = tuple(choice for choice in best.choices if choice != before)
-        if move.choice.site == "model":
+        if move.choice.site == MODEL:
             kept = tuple(choice for choice in kept if choice.rule != move.choice.rule)
         gain = _gain(known.get(before) if before is not None else None, move)
         steps.append((gain * chance.uniform(0.5, 1.0), str(move.choice), (*kept, move.choice)))

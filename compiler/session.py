@@ -34,7 +34,7 @@ from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
 from paretorch.pricing import pricing_of
 from paretorch.rewrites.apply import Candidate, apply_choice
-from paretorch.rewrites.rule import Refusal, Rule
+from paretorch.rewrites.rule import MODEL, Refusal, Rule, Site
 from paretorch.search import BUDGET_SHARES, ConflictError, Point, Problem, search
 from paretorch.spread import Ahead, Sent, between_looks, running_plan, spread
 from paretorch.stages import Stages
@@ -196,7 +196,7 @@ class Session:
 
         def key(choice: Choice) -> tuple[int, int, int, str]:
             family, rule = families.get(choice.rule, ("", 0))
-            place = places.get(choice.site.split("+")[0], len(places))
+            place = places.get(Site(choice.site).parts[0], len(places))
             return (ORDER.index(family) if family in ORDER else len(ORDER), rule, place, str(choice))
 
         return tuple(sorted(choices, key=key))
@@ -315,11 +315,11 @@ class Session:
 
     def measure_reduced(self, candidates: Sequence[Candidate]) -> None:
         """Time the whole model in reduced precision, where that is offered: the rates of single products say little about a runtime's casts."""
-        offered = next((c for c in candidates if c.rule.family == "precision" and c.site.name == "model"), None)
+        offered = next((c for c in candidates if c.rule.family == "precision" and c.site.name == MODEL), None)
         if offered is None or not self.target.is_here:
             return
         try:
-            graph = self.apply((Choice(offered.rule.name, "model", offered.knobs[-1]),))
+            graph = self.apply((Choice(offered.rule.name, MODEL, offered.knobs[-1]),))
         except PlanError:
             return
         able = [name for name in self.runtimes if name not in SLOW_TO_COMPILE and self.lowering.runtimes[name].refuses(graph) is None]

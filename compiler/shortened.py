@@ -34,8 +34,8 @@ def shortened(graph: Graph, facts: Facts) -> Graph:
 
 def _classes(stream: Stream, facts: Facts) -> list[int]:
     """The class of each block; a number of its own for one that is like no other."""
-    found = {name: kind for kind, regions in enumerate(facts.repetition.classes) for region in regions for name in region}
-    return [found.get(block.after, -1 - place) for place, block in enumerate(stream.blocks)]
+    places = facts.repetition.places
+    return [places[block.after][0] if block.after in places else -1 - number for number, block in enumerate(stream.blocks)]
 
 
 def _longest_run(classes: Sequence[int]) -> tuple[int, int, int]:

@@ -51,7 +51,7 @@ def apply_rule(rule: Rule, graph: Graph, limit: int | None = None) -> tuple[Grap
             if limit is not None and len(applied) >= limit:
                 break
             before = draft.edits
-            if not _missing(draft, site.name) and _rewritten(rule, draft, site).edits > before:
+            if not _missing(draft, site) and _rewritten(rule, draft, site).edits > before:
                 applied.append(Applied(rule.name, site.name))
         graph = draft.settled()
         verify(graph, rule.name)
@@ -109,9 +109,9 @@ def nearest_miss(rule: Rule, graph: Graph) -> Miss | None:
     return max(misses, key=lambda miss: miss.fitted, default=None) if len(misses) == len(found) else None
 
 
-def _missing(graph: Graph, site: str) -> bool:
+def _missing(graph: Graph, site: Site) -> bool:
     """Whether an earlier rewrite took out a node that this site is made of."""
-    return any(graph.node(name) is None for name in site.split("+"))
+    return any(graph.node(name) is None for name in site.parts)
 
 
 def _rewritten(rule: Rule, graph: Graph, site: Site) -> Graph:

@@ -6,6 +6,7 @@ Sites of an exact rule read the graph alone and get empty facts, so that no anal
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,12 @@ class Lossy:
     values: tuple[Knob, ...]
 
 
+MODEL = "model"  # the name of the site that is everything a rule can reach
+JOIN = "+"  # between the nodes that name a site
+SPAN = ".."  # between the first and the last node of a site that is a region
+_BETWEEN = re.compile(r"\+|\.\.|->")  # these, and what stands between the two values of the stream that name a block
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a rule may act. name: stable under other rewrites, made of node names; label: the place in the user's model."""
@@ -41,6 +48,11 @@ class Site:
     name: str
     label: str = ""
     values: tuple[Knob, ...] | None = None  # knob values legal here; None for all of the rule's
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the nodes that its name is made of, as it lists them; MODEL stands for itself."""
+        return tuple(_BETWEEN.split(self.name))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
 """Pairs of choices that exclude each other: declared, learned, and never tried."""
 
+import pytest
+
 from paretorch.conflicts import Conflicts
 from paretorch.plan import Choice
 from paretorch.rewrites import RULES
+from paretorch.rewrites.apply import sites_of
 from paretorch.rewrites.example_models import Sizes, transformer
+from paretorch.rewrites.rule import MODEL, Site
 from paretorch.search import Problem, search
 from paretorch.stages import Stages
 from tests.test_search import candidate
@@ -64,3 +68,18 @@ def test_a_known_conflict_is_never_applied():
     )
     assert {"a"} in applied and {"b"} in applied and {"a", "b"} not in applied  # noqa: PT018
     assert any(entry[0] == "in conflict" and entry[2] == "in conflict with a" for entry in records)
+
+
+def test_a_site_is_known_by_its_nodes():
+    assert Site("add_1+add_2").parts == ("add_1", "add_2")  # blocks that go together
+    assert Site("add->add_1").parts == ("add", "add_1")  # a block between two values of the stream
+    assert Site("linear..conv2d").parts == ("linear", "conv2d")  # a region that is no block
+    assert Site("attention_3").parts == ("attention_3",)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_parts_of_sites_are_nodes(rule):
+    graph = rule.example()
+    sites, _ = sites_of(rule, graph)
+    assert sites
+    assert all(graph.node(part) is not None for site in sites for part in site.parts if part != MODEL)

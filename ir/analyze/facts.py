@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from paretorch.ir.types import Size
 
@@ -93,6 +94,11 @@ class Repetition:
     """Isomorphic regions. classes: for each class its regions, each a tuple of node names in one order."""
 
     classes: tuple[tuple[tuple[str, ...], ...], ...] = ()
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """(class, place within its region) of every node that is part of a region."""
+        return {name: (kind, place) for kind, regions in enumerate(self.classes) for region in regions for place, name in enumerate(region)}
 
 
 @dataclass(frozen=True)

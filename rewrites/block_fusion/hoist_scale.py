@@ -19,7 +19,7 @@ from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import is_op
 from paretorch.ir.types import TensorType
 from paretorch.rewrites.block_fusion.weights import only_user, restride
-from paretorch.rewrites.rule import Exact, Knob, Refusal, Rule, Site
+from paretorch.rewrites.rule import JOIN, Exact, Knob, Refusal, Rule, Site
 
 NAME = "hoist_scale"
 DESCRIBES = ("view", "permute", "unsqueeze", "squeeze", "expand")
@@ -32,7 +32,7 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
                 scaled = _scaled(node.args[place])
                 if scaled is not None:
                     reason = _refuses(scaled)
-                    yield Refusal(NAME, scaled.name, reason) if reason else Site(f"{scaled.name}+{node.name}", origin_of(node).path)
+                    yield Refusal(NAME, scaled.name, reason) if reason else Site(f"{scaled.name}{JOIN}{node.name}", origin_of(node).path)
 
 
 def _scaled(value: Any) -> Node | None:
@@ -55,7 +55,7 @@ def _refuses(scaled: Node) -> str | None:
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     graph = graph.edit()
-    scaled, attention = (graph.node(name) for name in site.name.split("+"))
+    scaled, attention = (graph.node(name) for name in site.parts)
     assert scaled is not None and attention is not None  # sites said so  # noqa: PT018
     number = float(scaled.args[1])  # type: ignore[arg-type]
     scale = arguments(attention)["scale"] * (number if is_op(scaled, "mul") else 1.0 / number)

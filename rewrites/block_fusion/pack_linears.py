@@ -20,7 +20,7 @@ from paretorch.ir.graph import Graph, origin_of, shape_of
 from paretorch.ir.ops import is_op
 from paretorch.ir.types import TensorType
 from paretorch.rewrites.block_fusion.weights import argument, derive, held, is_fixed, restride, short
-from paretorch.rewrites.rule import Exact, Knob, Refusal, Rule, Site
+from paretorch.rewrites.rule import JOIN, Exact, Knob, Refusal, Rule, Site
 
 NAME = "pack_linears"
 
@@ -37,12 +37,12 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
         elif len({graph.constant(user.args[1]).dtype for user in fixed}) > 1:  # type: ignore[union-attr]
             yield Refusal(NAME, group[0].name, "the weights have several dtypes")
         else:
-            yield Site("+".join(user.name for user in fixed), origin_of(fixed[0]).path)
+            yield Site(JOIN.join(user.name for user in fixed), origin_of(fixed[0]).path)
 
 
 def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     graph = graph.edit()
-    group = [node for name in site.name.split("+") if (node := graph.node(name)) is not None]
+    group = [node for name in site.parts if (node := graph.node(name)) is not None]
     order = {node: place for place, node in enumerate(graph.nodes)}
     first = min(group, key=order.__getitem__)
     b = Builder(graph, first, origin=origin_of(first), rule=NAME, site=site.name)

@@ -16,9 +16,7 @@ from paretorch.ir.analyze.residual import block_kind
 from paretorch.ir.errors import PlanError, ShapeError
 from paretorch.ir.graph import Graph, arguments, origin_of, type_of
 from paretorch.ir.ops import aten, is_op
-from paretorch.rewrites.rule import Knob, Refusal, Site
-
-JOIN = "+"  # between the blocks of a site
+from paretorch.rewrites.rule import JOIN, Knob, Refusal, Site
 
 
 def blocks_of(facts: Facts) -> Iterator[Block]:
@@ -139,7 +137,7 @@ def remove(rule: str, graph: Graph, site: Site, knob: Knob) -> Graph:
     if not knob:
         return graph
     graph, removed = graph.copy(), 0
-    for name in site.name.split(JOIN):
+    for name in site.parts:
         found = _found(graph, name)
         if found is None:
             continue

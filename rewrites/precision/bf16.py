@@ -27,11 +27,9 @@ from paretorch.ir.errors import PlanError, ShapeError
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import TOKEN_OPS, aten, is_op, op_of
 from paretorch.rewrites.example_models import Sizes, transformer
-from paretorch.rewrites.rule import Knob, Lossy, Refusal, Rule, Site
+from paretorch.rewrites.rule import MODEL, SPAN, Knob, Lossy, Refusal, Rule, Site
 
 NAME = "bf16"
-MODEL = "model"
-SPAN = ".."  # between the first and the last node of a region that is no block
 PRODUCTS = ("matrix", "convolution", "attention")
 AS_THEY_ARE = (*TOKEN_OPS, "getitem", "to")  # ops that keep f32 beside bf16
 KEPT = ("key_bias", "size")  # operands that stay f32
@@ -67,9 +65,9 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     graph = graph.copy()
     region = _reached(graph)
     if SPAN in site.name:
-        region = next((set(part) for part in _parts(region) if part[0].name == site.name.split(SPAN)[0]), set())
+        region = next((set(part) for part in _parts(region) if part[0].name == site.parts[0]), set())
     elif site.name != MODEL:
-        region = _block(graph, site.name) & region
+        region = _block(graph, site) & region
     if not region:
         raise PlanError(f"{NAME}: no f32 region is named {site.name} here; an earlier rewrite took it out")
     region |= _between(graph, region)
@@ -132,11 +130,10 @@ def _parts(region: set[Node]) -> list[list[Node]]:
     return sorted((part for part in parts if any(_is_product(node) for node in part)), key=lambda part: part[0])
 
 
-def _block(graph: Graph, name: str) -> set[Node]:
-    """The nodes between the two stream values that a block's name holds: "before->after". Empty if one of them is gone."""
-    first, _, last = name.partition("->")
-    before, after = graph.node(first), graph.node(last)
-    if before is None or after is None:
+def _block(graph: Graph, site: Site) -> set[Node]:
+    """The nodes between the two stream values that a block's name holds. Empty if one of them is gone."""
+    before, after = graph.node(site.parts[0]), graph.node(site.parts[-1])
+    if before is None or after is None or before is after:
         return set()
     below = _closure(before, lambda node: node.users)
     return {node for node in _closure(after, lambda node: node.all_input_nodes) & below if node.op == "call_function"} | {after}
