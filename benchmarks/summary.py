@@ -25,6 +25,9 @@ def write_summary(folder: Path) -> None:
         results = [result for result in found if result["mode"] == mode]
         if results:
             parts += [f"\n## {title}\n", *_table(results, mode)]
+    pages = [page for page in sorted(folder.glob("*.md")) if page.name != "README.md"]
+    if pages:
+        parts += ["\n## Other pages\n", *(f"- [{page.read_text().splitlines()[0].lstrip('# ')}]({page.name})" for page in pages)]
     (folder / "README.md").write_text("\n".join([*parts, *_gpu(folder)]) + "\n")
 
 
