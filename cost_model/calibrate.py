@@ -35,8 +35,8 @@ from paretorch.ir.protocols import Executable, Runtime
 QUICK_SECONDS, THOROUGH_SECONDS = 5.0, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
-WHOLE_SECONDS = 20e-3  # the same for blocks, of which there are few and on which all prices hang
 BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
+WHOLE_SECONDS = 20e-3  # the same for blocks, of which there are few and on which all prices hang
 LOW = 25  # the percentile that is kept: what a probe takes when nothing disturbs it
 CONTRADICTION = 2.0
 DERIVED = {"inductor": "eager"}  # compiling takes too long to measure curves: rates follow from another runtime's
@@ -76,7 +76,7 @@ def calibrate(
     """Rates of these runtimes on this machine, from the cache where its fingerprint still holds.
 
     device: the row of what is measured; a GPU is refused with TargetError if a measurement contradicts its row by more than twice.
-    The quick form takes about 20 s on two cores, the thorough one about a minute. cache=False measures anew and keeps the result.
+    Both forms take tens of seconds where nothing is in the cache. cache=False measures anew and keeps the result.
     """
     place = "cuda" if device is not None and device.kind in ("cuda", "rocm") else "cpu"
     wanted = _with_bases(runtimes)

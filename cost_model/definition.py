@@ -1,8 +1,8 @@
 """What an op that is defined by other ops runs as: those ops, with types, so that its price is theirs.
 
 One kernel's price would be too low: local attention is a lookup of keys, a mask and an attention, each a pass over memory and a launch.
-Tracing a definition takes 50 to 300 ms, and each layer of a plan that merges tokens has its own number of them, so large sizes are rounded, and what
-was traced is kept.
+Tracing a definition takes far longer than adding up its price, and each layer of a plan that merges tokens has its own number of them, so large sizes
+are rounded, and what was traced is kept.
 """
 
 from __future__ import annotations

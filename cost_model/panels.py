@@ -121,6 +121,7 @@ def _compile(
     rows: of the graph's types; None for symbols, which a runtime that runs the graph as it stands does not need.
     """
     only = rows if probes[0].is_whole else None
+    key = f"{name} {dtype}" + (f" {probes[0].name}" if len(probes) == 1 else "")
     for widen in (False, True) if dtype != "f32" else (False,):
         given = "f32" if widen else dtype
         graph = _graph(probes, dtype, widen, rows, place)
@@ -134,10 +135,10 @@ def _compile(
             idle = examples if only else tuple(_input(probe, probe.idle_rows, given, place) for probe in probes)
             execute(*idle)
         except Exception as error:  # runtimes raise many kinds; the calibration says which dtype has no rates of its own, and why
-            key = f"{name} {dtype}" + (f" {probes[0].name}" if len(probes) == 1 else "")
             problems[key] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
             continue
-        problems.pop(f"{name} {dtype}", None)
+        problems.pop(f"{name} {dtype}", None)  # what a panel of more probes had, or this one without widening
+        problems.pop(key, None)
         return Panel(name, dtype, probes, len(graph.calls), execute, idle, widen, place, took, only)
     return None
 

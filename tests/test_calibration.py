@@ -154,6 +154,18 @@ def test_a_refused_dtype_and_a_failing_op_are_reported(clock):
     assert "matrix" in found.rates["fake", "f32"].curves
 
 
+def test_what_runs_once_it_is_widened_is_no_failure(clock):
+    class Narrow(FakeRuntime):
+        def compile(self, graph: Graph, example_inputs):
+            if example_inputs[0].dtype is torch.bfloat16:
+                raise RuntimeError("no bf16 inputs here")
+            return super().compile(graph, example_inputs)
+
+    found = measured(clock, Narrow(clock))
+    assert ("fake", "bf16") in found.rates
+    assert not [reason for reason in found.facts.values() if "no bf16 inputs" in reason]
+
+
 def test_a_runtime_that_cannot_be_measured_takes_the_rates_of_another(clock):
     found = measured(clock, FakeRuntime(clock), FakeRuntime(clock, name="broken", fails="aten"))
     assert found.rates["broken", "f32"] == found.rates["fake", "f32"]
