@@ -152,7 +152,8 @@ class _State:
             loss, half_width, samples = self.problem.loss(choices, graph)
         except (PlanError, LoweringError) as error:
             self.broken.add(choices)
-            self.problem.record("failed", choices[-1], str(error).splitlines()[0], None, None)
+            failed = choices[0] if len(choices) == 1 else Choice("plan", "; ".join(map(str, choices)))
+            self.problem.record("failed", failed, str(error).splitlines()[0], None, None)
             return None
         self.evaluations += 1
         self.problem.stages.tell("search", self.evaluations, self.problem.max_evaluations)
@@ -318,9 +319,12 @@ def _neighbours(best: Point, moves: Sequence[Move], chance: random.Random, slot:
     """Plans one step from this one, most seconds saved per drift first: a further move, or a stronger one in the place of a weaker."""
     taken = {slot(choice): choice for choice in best.choices}
     known = {move.choice: move for move in moves}
+    whole = {(choice.rule, choice.site) for choice in best.choices}  # a rule that acts on the whole model has no place left in it
     steps = []
     for move in moves:
         before = taken.get(slot(move.choice))
+        if move.choice.site != MODEL and (move.choice.rule, MODEL) in whole:
+            continue
         if before == move.choice or (before in known and move.saved <= known[before].saved):
             continue
         kept = tuple(choice for choice in best.choices if choice != before)

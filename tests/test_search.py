@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from paretorch.ir.errors import PlanError
+from paretorch.rewrites.rule import MODEL
 from paretorch.search import ConflictError, Problem, frontier, search
 from paretorch.stages import Stages
 
@@ -100,6 +102,37 @@ def test_conflicts_are_recorded_and_left_out():
     assert all(len({c.rule for c in point.choices}) <= 1 for point in points)
     assert best_within(points, 0.3).predicted <= 1 - 16 * 0.01 + 1e-9, "a conflict costs the choice, not the plan"
     assert any(entry[0] == "in conflict" and "took the site" in entry[2] for entry in log)
+
+
+def test_a_plan_that_fails_says_so_itself():
+    log = []
+    asked = problem(CANDIDATES, limit=0.3, log=log)
+    asked.loss = refused_from(2, asked.loss)
+    assert all(len(point.choices) < 2 for point in search(asked))
+    failed = [choice for verdict, choice, reason, *_ in log if verdict == "failed" and reason == "too large"]
+    assert failed
+    assert all(choice.rule == "plan" and "; " in choice.site for choice in failed)
+
+
+def refused_from(length, loss):
+    def refuse(choices, graph):
+        if len(choices) >= length:
+            raise PlanError("too large")
+        return loss(choices, graph)
+
+    return refuse
+
+
+def test_a_rule_on_the_whole_model_is_not_tried_at_places_as_well():
+    applied = []
+
+    def apply(choices):
+        applied.append({choice.site for choice in choices if choice.rule == "skip"})
+        return tuple(sorted(choices, key=str))
+
+    search(problem([candidate("skip", MODEL, 1), *CANDIDATES], limit=0.3, apply=apply))
+    assert {MODEL} in applied
+    assert all(sites == {MODEL} for sites in applied if MODEL in sites)
 
 
 def test_the_evaluation_limit_holds():
