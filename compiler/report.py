@@ -108,15 +108,18 @@ class Report:
         """The promise of the project, in one line."""
         if self.speedup is None or self.measured_seconds is None:
             predicted = "unknown" if self.predicted_seconds is None else f"{self.predicted_seconds * 1e3:.3f} ms"
-            return f"predicted {predicted} on {self.target}; not measured"
+            return f"predicted {predicted} on {self.target}; not measured" + self._lost()
         assert self.original_seconds is not None  # speedup is known
         parts = [f"measured {self.speedup:.2f}x ({self.original_seconds * 1e3:.2f} ms to {self.measured_seconds * 1e3:.2f} ms)"]
         if self.predicted_seconds is not None:
             parts.insert(0, f"predicted {self.original_seconds / self.predicted_seconds:.2f}x")
-        text = ", ".join(parts) + f" with {self.runtime}"
-        if self.loss is not None and self.half_width is not None:
-            text += f"; {self.unit} {self.loss:.4f} (held out, n = {self.samples:,}, 95% interval ±{self.half_width:.4f})"
-        return text
+        return ", ".join(parts) + f" with {self.runtime}" + self._lost()
+
+    def _lost(self) -> str:
+        """What was lost on held-out data, as the end of the sentence; empty for an exact plan."""
+        if self.loss is None or self.half_width is None:
+            return ""
+        return f"; {self.unit} {self.loss:.4f} (held out, n = {self.samples:,}, 95% interval ±{self.half_width:.4f})"
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH, force_terminal=False)

@@ -14,7 +14,7 @@ from paretorch.cost_model.memory import weight_bytes
 from paretorch.cost_model.quality import Drop, accepts, paired_drop
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
-from paretorch.ir.protocols import Executable, Measurement
+from paretorch.ir.protocols import Measurement
 from paretorch.ledger import Entry
 from paretorch.optimized import Optimized
 from paretorch.plan import WITHOUT_WEIGHTS, Choice, Plan
@@ -70,25 +70,28 @@ def settle(session: Session, exact: Optimized, limit: float | None = None) -> Op
     """The fastest evaluated plan that holds on held-out data and on the clock; `exact` if none does."""
     limit = session.budget.limit if limit is None else limit
     assert limit is not None and session.judge is not None  # only called with a budget  # noqa: PT018
-    if not session.target.is_here:
-        best = next(point for point in session.points if point.loss <= limit)
-        return _unmeasured(session, best.choices, session.apply(best.choices))
     hopeful = [point for point in session.points if point.choices and point.loss <= limit]
     for point in hopeful[:ATTEMPTS]:
         outcome = _judge(session, point, limit)
         if outcome is None or outcome.contender is None:
             continue
+        if not session.target.is_here:
+            if outcome.contender.predicted < session.price(session.exact)[0]:
+                return _unmeasured(session, outcome.choices, outcome.contender.graph, outcome.drop)
+            continue
         with session.stages("measure"):
             rivals = [outcome.contender, *([exact.contender] if exact.contender is not None else [])]
             measured = run_race(rivals, session.program.example, session.program.run_original, session.seed)
         ours = measured[outcome.contender.label]
-        best_other = min((m for name, m in measured.items() if name != outcome.contender.label), key=lambda m: m.seconds)
-        if _is_slower(ours, best_other):
-            _note(session, point, "not taken", f"measured {ours.seconds * 1e3:.2f} ms, no faster than the exact plan")
+        rival = min((name for name in measured if name != outcome.contender.label), key=lambda name: measured[name].seconds)
+        if _is_slower(ours, measured[rival]):
+            theirs = f"{rival} with {measured[rival].seconds * 1e3:.2f} ms"
+            _note(session, point, "not taken", f"measured {ours.seconds * 1e3:.2f} ms, no faster than {theirs}")
             continue
         return _hand_out(session, outcome, measured)
     if not hopeful:
         session.notes.append("no approximate plan was within the budget on the ranking data; the exact plan is returned")
+    _mark_taken(session, ())
     return Optimized(session.program, exact.contender, exact.plan, exact.report.after(session), session)
 
 
@@ -137,7 +140,10 @@ def _judge(session: Session, point: Point, limit: float) -> Outcome | None:
 
 
 def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
-    """Compile this plan where it is predicted to be fastest and measure its paired drop on held-out data; None if it fails, with a note."""
+    """Compile this plan where it is predicted to be fastest and measure its paired drop on held-out data; None if it fails, with a note.
+
+    For a device that is not here the drop is that of the plan as plain torch.
+    """
     judge, limit = session.judge, session.budget.limit
     assert judge is not None and limit is not None  # settle checked  # noqa: PT018
     graph = session.apply(point.choices)
@@ -145,15 +151,9 @@ def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
     if too_large is not None:
         _note(session, point, "over budget", too_large)
         return None
-    entered = _field(session, {"plan": graph})
-    if not entered:
-        _note(session, point, "failed", "; ".join(f"{name}: {why}" for name, why in session.lowering.failures.items()))
+    best = _fastest(session, point, graph) if session.target.is_here else _predicted(session, graph)
+    if best is None:
         return None
-    with session.stages("measure"):
-        measured = run_race(entered, session.program.example, None, session.seed, ANCHOR_ROUNDS)
-    best = min(entered, key=lambda c: (measured[c.label].seconds, c.label))
-    seconds = measured[best.label].seconds
-    session.points = [replace(p, measured_seconds=seconds) if p.choices == point.choices else p for p in session.points]
     try:
         with session.stages("held out"):
             drop = paired_drop(judge.held_out(best.execute, limit), seed=session.seed)
@@ -163,6 +163,26 @@ def _measure(session: Session, point: Point) -> tuple[Contender, Drop] | None:
     session.lowering.keep_only([best, *([session.exact_result.contender] if session.exact_result.contender is not None else [])])
     session.evidence[f"held out {'; '.join(map(str, point.choices))}"] = [drop.mean, drop.half_width, drop.n]
     return best, drop
+
+
+def _fastest(session: Session, point: Point, graph: Graph) -> Contender | None:
+    """This plan on the runtime that is measured to be fastest; None if it runs on none, with a note."""
+    entered = _field(session, {"plan": graph})
+    if not entered:
+        _note(session, point, "failed", "; ".join(f"{name}: {why}" for name, why in session.lowering.failures.items()))
+        return None
+    with session.stages("measure"):
+        measured = run_race(entered, session.program.example, None, session.seed, ANCHOR_ROUNDS)
+    best = min(entered, key=lambda c: (measured[c.label].seconds, c.label))
+    seconds = measured[best.label].seconds
+    session.points = [replace(p, measured_seconds=seconds) if p.choices == point.choices else p for p in session.points]
+    return best
+
+
+def _predicted(session: Session, graph: Graph) -> Contender:
+    """A graph on the runtime that is predicted to be fastest on a device that is not here; it runs as plain torch."""
+    seconds, runtime = session.price(graph)
+    return Contender("plan", runtime, graph, session.eager(graph), seconds)
 
 
 def _agreeing(session: Session, entered: Sequence[Contender], expected: Sequence[object]) -> list[Contender]:
@@ -197,13 +217,7 @@ def _note(session: Session, point: Point, verdict: str, reason: str) -> None:
 def _hand_out(session: Session, outcome: Outcome, measured: dict[str, Measurement]) -> Optimized:
     """Plan, report and callable of this outcome."""
     contender = outcome.contender
-    taken = {(choice.rule, choice.site): choice for choice in outcome.choices}
-    for entry in list(session.ledger):
-        choice = taken.get((entry.rule, entry.site))
-        if choice is not None:
-            session.ledger.add(replace(entry, verdict="taken", reason="", knob=choice.knob))
-        elif entry.verdict == "taken" and entry.knob is not None:
-            session.ledger.add(replace(entry, verdict="not taken", reason="other choices save more for the same loss"))
+    _mark_taken(session, outcome.choices)
     exact = tuple(session.exact_rules) if contender is not None and contender.variant != "normalized" else ()
     runtime = contender.runtime if contender is not None else "original"
     evidence = {**session.evidence, **{f"seconds {name}": m.seconds for name, m in measured.items()}}
@@ -212,22 +226,29 @@ def _hand_out(session: Session, outcome: Outcome, measured: dict[str, Measuremen
     return Optimized(session.program, contender, plan, report, session)
 
 
-def _unmeasured(session: Session, choices: tuple[Choice, ...], graph: Graph) -> Optimized:
-    """For a device that is not here: the gate is the prediction, and the callable runs as plain torch."""
-    seconds, runtime = session.price(graph)
-    execute: Executable = session.eager(graph)
+def _mark_taken(session: Session, choices: tuple[Choice, ...]) -> None:
+    """Say in the ledger that these lossy choices were taken, and no others: an earlier outcome of this session may have taken more."""
+    taken = {(choice.rule, choice.site): choice for choice in choices}
+    for entry in list(session.ledger):
+        choice = taken.get((entry.rule, entry.site))
+        if choice is not None:
+            session.ledger.add(replace(entry, verdict="taken", reason="", knob=choice.knob))
+        elif entry.verdict == "taken" and entry.knob is not None:
+            session.ledger.add(replace(entry, verdict="not taken", reason="a plan with it was not the best within this budget"))
+
+
+def _unmeasured(session: Session, choices: tuple[Choice, ...], graph: Graph, drop: Drop | None = None) -> Optimized:
+    """For a device that is not here: the gate is the prediction, and the callable runs as plain torch. drop: of a plan that is not exact."""
+    _mark_taken(session, choices)
     if not session.program.has_weights:
-        session.notes.append(
-            "the model has no weights: nothing was run or measured, the prediction decided; apply the plan to the model with weights"
-        )
+        found = ["the model has no weights: nothing was run or measured, the prediction decided; apply the plan to the model with weights"]
     else:
-        session.notes.append(
-            f"{session.target} is not here: nothing was measured, the prediction decided; the callable runs as plain torch"
-        )
+        found = [f"{session.target} is not here: no time was measured, the prediction decided; the callable runs as plain torch"]
     memory, device = session.prices.peak_memory(graph), session.target.device
     if memory > device.memory_bytes:
-        session.notes.append(f"one call is predicted to need {memory / 1e9:.1f} GB; {device.name} has {device.memory_bytes / 1e9:.0f} GB")
+        found.append(f"one call is predicted to need {memory / 1e9:.1f} GB; {device.name} has {device.memory_bytes / 1e9:.0f} GB")
+    session.notes += [note for note in found if note not in session.notes]
     evidence = session.evidence if session.program.has_weights else {**session.evidence, WITHOUT_WEIGHTS: True}
-    plan = Plan(session.ordered(choices), tuple(session.exact_rules), runtime, session.fingerprint, dict(evidence))
-    contender = Contender("plan", runtime, graph, execute, seconds)
-    return Optimized(session.program, contender, plan, Report.of(session, plan, contender, None, {}), session)
+    contender = _predicted(session, graph)
+    plan = Plan(session.ordered(choices), tuple(session.exact_rules), contender.runtime, session.fingerprint, dict(evidence))
+    return Optimized(session.program, contender, plan, Report.of(session, plan, contender, drop, {}), session)

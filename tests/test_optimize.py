@@ -72,6 +72,9 @@ def test_choose_needs_no_new_search(budgeted):
     tighter = budgeted.choose(max_drop=0.0)
     assert budgeted.session.points == points
     assert tighter.report.loss in (None, 0.0)
+    for result in (tighter, budgeted.choose(max_drop=0.5), tighter.choose(max_drop=0.0)):
+        taken = {(entry.rule, entry.site) for entry in result.report.entries if entry.verdict == "taken" and entry.knob is not None}
+        assert taken == {(choice.rule, choice.site) for choice in result.plan}
     with pytest.raises(BudgetError, match="outside of what was searched"):
         budgeted.choose(max_drop=0.9)
 
