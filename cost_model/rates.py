@@ -51,6 +51,7 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
     groups: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.runtime, sample.dtype), []).append(sample)
+    groups = {key: _no_longer_than_more(group) for key, group in groups.items()}
     found = {}
     for (runtime, dtype), group in groups.items():
         curves = _curves(_without_output(group, groups.get((runtime, "f32"), group)))
@@ -64,6 +65,19 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
             if runtime == base:
                 found[name, dtype] = _compiled(rates)
     return found
+
+
+def _no_longer_than_more(group: list[Sample]) -> list[Sample]:
+    """The samples, each taking no longer than one of the same curve that is as large or larger in every size: where it did, it was disturbed."""
+    found = []
+    for sample in group:
+        more = [s.seconds for s in group if s.curve == sample.curve and s.amount >= sample.amount and _covers(s.at, sample.at)]
+        found.append(replace(sample, seconds=min(more)) if sample.curve not in NOT_CURVES else sample)
+    return found
+
+
+def _covers(larger: tuple[float, ...], smaller: tuple[float, ...]) -> bool:
+    return len(larger) == len(smaller) and all(a >= b for a, b in zip(larger, smaller, strict=True))
 
 
 def _as_base_changes(groups: dict[tuple[str, str], list[Sample]], runtime: str, dtype: str) -> dict[str, Curve]:

@@ -54,6 +54,17 @@ def test_rates_from_samples():
     assert "clone" not in executed.curves
 
 
+def test_a_disturbed_sample_takes_no_longer_than_one_that_does_more():
+    large = [sample("matrix", (64.0, 64.0), 2 * 64**3, 1e-6), sample("elementwise", (4096.0,), 4096.0, 1e-6)]
+    small = [sample("matrix", (32.0, 64.0), 64**3, 5e-6), sample("elementwise", (1024.0,), 1024.0, 9e-6)]
+    other = sample("matrix", (8.0, 128.0), 2 * 8 * 128**2, 2e-6)  # fewer rows, but wider: nothing is known of it from the others
+    rates = derive([*small, *large, other], {})["r", "f32"]
+    matrix, passes = rates.curve(("matrix",)), rates.curve(("elementwise",))
+    assert 64**3 / matrix((32.0, 64.0)) == pytest.approx(1e-6)
+    assert 1024 / passes((1024.0,)) == pytest.approx(1e-6)
+    assert 2 * 8 * 128**2 / matrix((8.0, 128.0)) == pytest.approx(2e-6)
+
+
 # calibration, on a clock that only fake runtimes turn
 
 
