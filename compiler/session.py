@@ -364,6 +364,7 @@ def open_session(
         calibration = calibrate(runtimes, device=row) if target.is_here else analytic(target.device)
         usable = {name: runtime for name, runtime in runtimes.items() if (name, "f32") in calibration.rates}
     notes = [f"{name} was left out: none of its calibration probes ran" for name in runtimes if name not in usable]
+    notes += [calibration.facts["disturbed"]] if "disturbed" in calibration.facts else []
     session = Session(
         program=program,
         normalized=graph,

@@ -41,6 +41,9 @@ LOW = 25  # the percentile that is kept: what a probe takes when nothing disturb
 CONTRADICTION = 2.0
 DERIVED = {"inductor": "eager"}  # compiling takes too long to measure curves: rates follow from another runtime's
 FLOOR_S = 2e-8
+BUSY_SPREAD = (
+    0.8  # interquartile range over median that a tenth of the samples exceed: up to 0.55 on an idle machine, from 0.87 on a busy one
+)
 RESOLUTION = 0.01  # what takes less than this share of an idle call cannot be told from it
 
 __all__ = ["analytic", "calibrate"]
@@ -100,6 +103,8 @@ def calibrate(
     derived = {name: DERIVED[name] for name in runtimes if name in DERIVED}
     facts = {"processor": cpu_model(), "threads": str(torch.get_num_threads()), "torch": torch.__version__}
     facts |= {"device row": _peaks(device or Target.parse("cpu").device), **notes}
+    disturbed = _disturbed(measured)
+    facts |= {"disturbed": disturbed} if disturbed else {}
     rates = derive(measured, derived)
     for name in sorted(set(runtimes) - {runtime for runtime, _ in rates}):
         base = next(iter(sorted({runtime for runtime, _ in rates})))
@@ -109,6 +114,18 @@ def calibrate(
     if device is not None:
         _refuse_contradiction(found, device, place)
     return found
+
+
+def _disturbed(measured: Sequence[Sample]) -> str | None:
+    """A sentence if the samples of a runtime spread so much that the machine must have been busy with something else."""
+    for name in sorted({sample.runtime for sample in measured}):
+        spread = float(numpy.percentile([sample.spread for sample in measured if sample.runtime == name], 90))
+        if spread > BUSY_SPREAD:
+            return (
+                f"the machine was busy while {name} was calibrated (a tenth of its samples spread by {spread:.0%} and more): predictions may be far "
+                "off until `paretorch calibrate` has run on an idle machine; what is handed out was measured all the same"
+            )
+    return None
 
 
 def _peaks(row: Device) -> str:

@@ -157,6 +157,12 @@ def test_a_cache_that_cannot_be_written_is_said(clock, monkeypatch, tmp_path):
     assert "not kept for later calls" in measured(clock, FakeRuntime(clock)).facts["cache"]
 
 
+def test_a_busy_machine_is_said():
+    spread = [replace(sample("matrix", (64.0, 64.0 + place), 1.0, 1.0), spread=0.9 if place < 2 else 0.2) for place in range(10)]
+    assert "the machine was busy while r was calibrated" in (calibration_module._disturbed(spread) or "")
+    assert calibration_module._disturbed(spread[2:]) is None
+
+
 def test_a_refused_dtype_and_a_failing_op_are_reported(clock):
     found = measured(clock, FakeRuntime(clock, refused="no half precision here", fails="softmax"))
     assert found.facts["fake bf16"] == "no half precision here"
