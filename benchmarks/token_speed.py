@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,21 @@ from paretorch.rewrites.normalize import normalize
 
 BATCH, WIDTH, HEADS, DEPTH, TOKENS = 4, 384, 6, 12, 197
 FEWER = 13
+MEASURED = ("tome", "evit")
 NAMES = ("eager", "onnxruntime", "openvino")
 ROUNDS = 25
 PLAIN = "unmerged"
 GOALS = {("tome", "onnxruntime"): 1.40, ("tome", "eager"): 1.35}
 
 
-def plans() -> tuple[dict[str, Graph], tuple[torch.Tensor, ...]]:
+def plans(names: Sequence[str]) -> tuple[dict[str, Graph], tuple[torch.Tensor, ...]]:
     """(the unmerged graph and the graph of each rule that makes tokens fewer, inputs)."""
     torch.manual_seed(0)
     program = capture(Vision(WIDTH, HEADS, DEPTH).eval(), (torch.randn(BATCH, 3, 224, 224),))
     graph = normalize(program.graph)
     found = {PLAIN: graph}
     facts = analyze(graph)
-    for rule in (rule for rule in RULES if rule.family == "token_merging"):
+    for rule in (rule for rule in RULES if rule.name in names):
         after, places = graph, {candidate.site.name for candidate in propose(graph, facts, [rule])[0]}
         for site in (node.name for node in graph.nodes if node.name in places):
             after = apply_choice(rule, after, site, FEWER if all(isinstance(v, int) for v in rule.knobs) else (FEWER + 0.1) / (TOKENS - 1))
@@ -54,8 +56,8 @@ def plans() -> tuple[dict[str, Graph], tuple[torch.Tensor, ...]]:
     return found, program.example
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    graphs, inputs = plans()
+def measure(rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    graphs, inputs = plans(names)
     target = Target.parse("cpu")
     prices = Prices(calibrate({name: RUNTIMES[name] for name in NAMES if RUNTIMES[name].refuses() is None}), target.device)
     rows = []
@@ -99,10 +101,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
-    rows = measure(rounds)
+    parser.add_argument("--rules", nargs="*", default=list(MEASURED), choices=[r.name for r in RULES if r.family == "token_merging"])
+    args = parser.parse_args()
+    rows = measure(args.rounds, args.rules)
     print(markdown(rows))
-    if rounds == ROUNDS:
+    if args.rounds == ROUNDS:
         (RESULTS / "token_speed.json").write_text(json.dumps({"rows": rows, **environment()}, indent=1) + "\n")
         (RESULTS / "token_speed.md").write_text(markdown(rows))
 
