@@ -46,7 +46,8 @@ from paretorch.stages import Stages
 RUNTIME = "onnxruntime"
 STRENGTHS = 4  # of a constant step in every layer
 SHARES = (0.02, 0.04, 0.08, 0.12)  # of the tokens of the model, in every layer
-WAYS = {"selected tome": ("tome",), "selected": ("tome", "pitome", "tofu", "evit", "divprune")}
+PROGRESSIVE = ("tome", "pitome", "tofu", "evit", "divprune")  # those with a step after each attention
+WAYS = {"selected tome": ("tome",), "selected": PROGRESSIVE}
 SELECTED = 4  # plans of a selection's frontier that are measured
 EVALUATIONS = 30
 SAMPLES, RANKING = 2_000, 600  # that no search sees; that the selection ranks on
@@ -140,7 +141,7 @@ MODELS: dict[str, Callable[[int], Subject]] = {
 def opened(subject: Subject) -> tuple[Session, list[Candidate]]:
     """A session with the exact plan, and all candidates that make tokens fewer."""
     program = capture(subject.model, subject.inputs)
-    rules = tuple(rule for rule in RULES if rule.is_exact or rule.family == "token_merging")
+    rules = tuple(rule for rule in RULES if rule.is_exact or rule.name in PROGRESSIVE)
     target = Target.parse(f"cpu:{RUNTIME}")
     session = open_session(program, normalize(program.graph), target, subject.budget, subject.ranking, Stages(None, None), rules, 0, None)
     apply_exact(session)
