@@ -31,10 +31,15 @@ def transformer(sizes: Sizes | None = None, dtype: str = "f32") -> Graph:
 
 
 def _model(b: Builder, x: Node, sizes: Sizes) -> Node:
+    return b.select(layers(b, x, sizes), 1, sizes.tokens - 1 if sizes.causal else 0)
+
+
+def layers(b: Builder, x: Node, sizes: Sizes) -> Node:
+    """T[B,T,C] -> T[B,T,C]: the layers of a pre-norm transformer and its last norm."""
     weights = _Weights(b, sizes.width, x.meta["val"].dtype)
     for layer in range(sizes.layers):
         x = _layer(b, x, weights, layer, sizes)
-    return b.select(weights.norm(x, "norm"), 1, sizes.tokens - 1 if sizes.causal else 0)
+    return weights.norm(x, "norm")
 
 
 def gated_transformer(sizes: Sizes | None = None, dtype: str = "f32") -> Graph:

@@ -29,7 +29,7 @@ from paretorch.session import Session
 from tests.zoo import Block, make
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}  # float64: the same function, other orders of summation
-OWN = ("drop_masked_tokens",)  # legal only on models that bring what they need; their contracts stand in tests of their own
+OWN = ("drop_masked_tokens", "merge_frames")  # legal only on models that bring what they need; their contracts stand in tests of their own
 FEWER = tuple(
     rule for rule in TOKEN_RULES if "token_count" in rule.invalidates and rule.name not in OWN
 )  # those that stay fewer to the end
@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, Callable[[int, int], Any]]] = {  # what the knob 
     "tofu, merged": ("tofu", lambda count, tokens: count / tokens),
     "evit": ("evit", lambda count, tokens: count / tokens),
     "divprune": ("divprune", lambda count, tokens: count / tokens),
+    "visionzip": ("visionzip", lambda count, tokens: count / tokens),
 }
 MERGING = [name for name in VARIANTS if name not in ("tofu, dropped", "divprune")]
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
@@ -144,7 +145,7 @@ def test_golden(rule: Rule, golden: Callable[[str], None]) -> None:
 def test_equal_tokens_merge_exactly(variant: str, read: str) -> None:
     graph, _ = captured(read, 9)
     first, pairs = torch.randn(3, 1, 8, dtype=torch.float64), torch.randn(3, 4, 8, dtype=torch.float64)
-    if variant == "evit":  # makes one of all that go, so these must be equal
+    if variant in ("evit", "visionzip"):  # makes one of all that go, so these must be equal
         pairs = pairs[:, :1].expand(-1, 4, -1)
     x = torch.cat([first, pairs.repeat_interleave(2, 1)], 1)
     merged = after(graph, variant, "attention", free=8)

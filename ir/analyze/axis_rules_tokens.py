@@ -60,6 +60,15 @@ def class_weights(walk: Walk, node: Node) -> Dims:
     return [batch, tokens]
 
 
+def places_among(walk: Walk, node: Node) -> Dims:
+    """i64[B, before + K + after] from kept[B, K]: where the tokens stood among others, so none may have gone before the choice."""
+    kept: Node = node.args[0]  # type: ignore[assignment]
+    (batch, rows), match = walk.dims(kept), match_of(kept)
+    tokens = walk.dims(match.args[0])[1] if match is not None else rows  # type: ignore[arg-type]
+    walk.event(node, "positions", [tokens], f"{place(node)} keeps the places of what is left of {arguments(node)['tokens']} tokens")
+    return [batch, walk.one(node, walk.shape(node)[1], rows)]
+
+
 def match_to_places(walk: Walk, node: Node) -> list[Dims]:
     """As match_tokens, with the places of destinations baked in."""
     tokens = walk.dims(node.args[0])[1]  # type: ignore[arg-type]
@@ -93,6 +102,6 @@ def unmerge_by_map(walk: Walk, node: Node) -> Dims:
 
 TOKEN_RULES: dict[str, Callable[[Walk, Node], Any]] = {
     "match_tokens": match_tokens, "merge_tokens": merge_tokens, "source_map": source_map, "weigh_tokens": weigh_tokens,
-    "class_weights": class_weights, "unmerge_tokens": unmerge_tokens, "match_to_places": match_to_places, "assign_tokens": assign_tokens,
-    "merge_by_map": merge_by_map, "unmerge_by_map": unmerge_by_map,
+    "class_weights": class_weights, "places_among": places_among, "unmerge_tokens": unmerge_tokens, "match_to_places": match_to_places,
+    "assign_tokens": assign_tokens, "merge_by_map": merge_by_map, "unmerge_by_map": unmerge_by_map,
 }  # fmt: skip

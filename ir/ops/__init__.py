@@ -13,13 +13,14 @@ from paretorch.ir.ops import (
     scoped,
     shape,
     token_choice,
+    token_context,
     tokens,
 )
 from paretorch.ir.ops.table import OPS, Missing, Op, OpTemplate, RowText, aten, define, is_op, op_of, row
 
 # All that compute with tokens as a value: sizes and weights stay wide in them.
-TOKEN_OPS: tuple[str, ...] = (*tokens.SCHEMAS, *token_choice.SCHEMAS, *restore.SCHEMAS, *scoped.SCHEMAS)
+TOKEN_OPS: tuple[str, ...] = (*tokens.SCHEMAS, *token_choice.SCHEMAS, *token_context.SCHEMAS, *restore.SCHEMAS, *scoped.SCHEMAS)
 
 __all__ = ["OPS", "TOKEN_OPS", "Missing", "Op", "OpTemplate", "RowText", "aten", "define", "is_op", "op_of", "row"]
 __all__ += ["attention", "convolution", "elementwise", "index", "local_attention", "matrix", "reduce", "restore"]
-__all__ += ["scalar", "scoped", "shape", "token_choice", "tokens"]
+__all__ += ["scalar", "scoped", "shape", "token_choice", "token_context", "tokens"]

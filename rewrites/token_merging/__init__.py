@@ -1,8 +1,20 @@
 """Fewer tokens for the rest of the graph."""
 
 from paretorch.rewrites.rule import Rule
-from paretorch.rewrites.token_merging import divprune, drop_masked_tokens, evit, pitome, tofu, toma, tome, tomesd
+from paretorch.rewrites.token_merging import (
+    divprune,
+    drop_masked_tokens,
+    evit,
+    merge_frames,
+    pitome,
+    tofu,
+    toma,
+    tome,
+    tomesd,
+    visionzip,
+)
 
 RULES: tuple[Rule, ...] = (
-    tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE, drop_masked_tokens.RULE, tomesd.RULE, toma.RULE
+    tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE, visionzip.RULE, merge_frames.RULE, drop_masked_tokens.RULE, tomesd.RULE,
+    toma.RULE
 )  # fmt: skip

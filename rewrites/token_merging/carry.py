@@ -133,7 +133,7 @@ class Carrier:
                 self._step(node, node.args[0], 1)
             elif is_reduction(node):
                 self._step(node, matched(node), 1)
-            elif is_op(node, "class_weights"):
+            elif is_op(node, "class_weights", "received_weights"):
                 self._step(node, node.args[1], -2)
             elif is_op(node, "softmax"):
                 self._soft_pool(node)

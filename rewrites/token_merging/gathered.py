@@ -48,9 +48,11 @@ class Cut:
 
 
 def find_cut(
-    graph: Graph, axes: AxisFacts, axis: TokenAxis, value: Node, batch: tuple[Atom, ...], chosen_by: Sequence[Node], sight: Sight
-) -> Cut | str:
-    """The cut at a value, or a sentence that says what forbids it. chosen_by: what says which tokens stay; sight: see `Sight`."""
+    graph: Graph, axes: AxisFacts, axis: TokenAxis, value: Node, batch: tuple[Atom, ...], chosen_by: Sequence[Node], sight: Sight,
+    last: int = 0,
+) -> Cut | str:  # fmt: skip
+    """The cut at a value, or a sentence that says what forbids it. chosen_by: what says which tokens stay; sight: see `Sight`;
+    last: how many tokens at the end all stay, so that places counted from there are theirs."""
     if not isinstance(axis.atom.size, int):
         return f"{named(value)} has {axis.atom.size} tokens, a number not known before it runs"
     layout = layout_of(axes, value, axis.atom, batch)
@@ -65,7 +67,7 @@ def find_cut(
     nodes = {node.name: node for node in after}
     protected = 0
     for use in axis.uses:
-        if use.node not in nodes:
+        if use.node not in nodes or (use.kind == "selects" and taken_from_end(nodes[use.node]) <= last):
             continue
         reason = _refused(graph, axes, axis, nodes[use.node], use, sight)
         if reason:
@@ -76,6 +78,13 @@ def find_cut(
         if isinstance(output, Node) and output in set(after) and axes.dim(output.name, axis.atom) is not None:
             return f"the model returns {named(output)}, {tensor_type(output)}, with one entry for each of the {axis.atom.size} tokens"
     return Cut(value, axis, layout, batch, whole, after, protected)
+
+
+def taken_from_end(node: Node) -> float:
+    """How many entries at the end of an axis hold all that a node selects by places counted from there; infinity if it does otherwise."""
+    given = arguments(node)
+    from_end = given.get("index" if is_op(node, "select") else "start") if is_op(node, "select", "slice") else None
+    return -from_end if isinstance(from_end, int) and from_end < 0 else float("inf")
 
 
 def ancestors(*nodes: Node) -> set[Node]:

@@ -21,6 +21,7 @@ from paretorch.ir.ops import is_op
 from paretorch.ir.ops.tokens import is_match, is_reduction
 from paretorch.rewrites.layer_skipping.skip import region
 from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
+from paretorch.rewrites.token_merging.frames import Frames, frames_of
 from paretorch.rewrites.token_merging.reach import Cut, Reach, Start, reach_of
 from paretorch.rewrites.token_merging.rows import Layout, layout_of
 from paretorch.rewrites.token_merging.selections import leading_tokens, read_tokens, selected
@@ -30,7 +31,8 @@ from paretorch.rewrites.token_merging.selections import leading_tokens, read_tok
 class Place:
     """mixer: the self-attention; value: the stream's value after its block; protected: leading tokens that must stay;
     downstream: all that will read merged tokens, in order; largest: the most tokens that may be merged; batch: the batch's atoms;
-    cuts: where the tokens are brought back; read: the places of those of the leading tokens that the model reads one by one."""
+    cuts: where the tokens are brought back; read: the places of those of the leading tokens that the model reads one by one;
+    room: as largest, for what need not leave half of them; frames: what tells that the tokens are frames, if anything does."""
 
     mixer: Node
     value: Node
@@ -42,6 +44,8 @@ class Place:
     largest: int
     cuts: tuple[Cut, ...] = ()
     read: tuple[int, ...] = ()
+    room: int = 0
+    frames: Frames | None = None
 
 
 def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place | str:
@@ -73,8 +77,9 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     if isinstance(reach, str):
         return reach
     protected, read = leading_tokens(graph, facts.axes, axis, downstream), read_tokens(graph, facts.axes, axis, downstream)
-    largest = min([(atom.size - protected) // 2, *(_slack(node) for node in reach.merged if is_match(node))])
-    return Place(mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read)
+    room = min([atom.size - protected - 1, *(_slack(node) for node in reach.merged if is_match(node))])
+    largest, frames = min((atom.size - protected) // 2, room), frames_of(graph, facts.axes, axis)
+    return Place(mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames)
 
 
 def named(node: Node) -> str:
@@ -154,8 +159,8 @@ def _takes(reduction: Node, value: Node) -> bool:
 
 def _slack(node: Node) -> int:
     """How many tokens fewer a later match could have and still find its count."""
-    metric, _, count, protected = node.args[:4]
-    return int(metric.meta["val"].shape[1]) - int(protected) - 2 * int(count)  # type: ignore[union-attr, arg-type]
+    given, tokens = arguments(node), node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+    return int(tokens) - int(given["protected"]) - int(given["count"]) - int(given.get("contextual", given["count"]))
 
 
 def _forbidden(

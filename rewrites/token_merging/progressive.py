@@ -2,7 +2,8 @@
 
 A technique says how many tokens go at a value of its knob and emits how they go. What follows from that (sizes as the bias of later keys,
 padding as size 0, weights per token, sums and means, later steps, lengths, tokens that are read by place, tokens brought back where all are
-needed) is derived for all of them by `paretorch.rewrites.token_merging.carry`. One step takes at most half of the tokens that may go.
+needed) is derived for all of them by `paretorch.rewrites.token_merging.carry`. One step takes at most half of the tokens that may go, unless its
+technique says how many.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ SHARES: tuple[float, ...] = (0.0, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48
 @dataclass(frozen=True)
 class Step:
     """One use of a technique. b: where its nodes go; size: T[B,T], None if all are one; count: how many tokens go; knob: as it was given;
-    depth: the share of the self-attentions over these tokens that come before this one, 0 for the first."""
+    whole: how many tokens that might go the model begins with; depth: the share of the self-attentions over these tokens that come before this
+    one, 0 for the first."""
 
     b: Builder
     place: Place
     size: Node | None
     count: int
     knob: Knob
+    whole: int
     depth: float
 
     def metric(self) -> Node:
@@ -49,7 +52,7 @@ class Technique:
 
     forms: its knob's values, the identity first, then weaker to stronger; each form is offered, and its loss measured, on its own.
     count: (knob, how many tokens might go where the model begins with them) -> how many go; emit: what to put at a place.
-    refuse: a sentence for a place that has not what the technique needs.
+    refuse: a sentence for a place that has not what the technique needs; largest: the most tokens that it may take at a place.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Technique:
     count: Callable[[Knob, int], int]
     emit: Callable[[Step], Reducer]
     refuse: Callable[[Place], str | None] = lambda place: None
+    largest: Callable[[Place], int] = lambda place: place.largest
 
     @property
     def identity(self) -> Knob:
@@ -98,19 +102,19 @@ def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | R
 def _sites(technique: Technique, graph: Graph, axes: AxisFacts, place: Place) -> list[Site] | str:
     """One site for each form with the values that take some tokens here, and not more than may go; a sentence if there is none."""
     size, protected, label = place.axis.atom.size, place.protected, origin_of(place.mixer).path or place.mixer.name
-    free = _free(graph, axes, place)
+    free, largest = _free(graph, axes, place), technique.largest(place)
     found = []
     for identity, *values in technique.forms:
         first: dict[int, Knob] = {}
         for value in values:
             first.setdefault(technique.count(value, free), value)
-        legal = tuple(value for count, value in first.items() if 0 < count <= place.largest)
+        legal = tuple(value for count, value in first.items() if 0 < count <= largest)
         if legal:
             found.append(Site(place.mixer.name, label, (identity, *legal)))
     if found:
         return found
     smallest = min((count for form in technique.forms for value in form[1:] if (count := technique.count(value, free)) > 0), default=1)
-    return f"{size} tokens, {protected} of them read by place, leave at most {place.largest} to merge; the smallest step is {smallest}"
+    return f"{size} tokens, {protected} of them read by place, leave at most {largest} to merge; the smallest step is {smallest}"
 
 
 def _fault(technique: Technique, graph: Graph, site: Site) -> str | None:
@@ -139,11 +143,14 @@ def shorten(technique: Technique, graph: Graph, site: Site, knob: Knob) -> Graph
     refusal = place if isinstance(place, str) else technique.refuse(place)
     if isinstance(place, str) or refusal:
         raise PlanError(f"{technique.name} at {site.name}: {refusal}")
-    count = min(technique.count(knob, _free(graph, facts.axes, place)), place.largest)
+    whole = _free(graph, facts.axes, place)
+    count = min(technique.count(knob, whole), technique.largest(place))
     if count <= 0:
         return graph
     depth = _depth(graph, facts.axes, place)
-    return reduce_at(graph, facts.axes, place, technique.name, lambda b, size: technique.emit(Step(b, place, size, count, knob, depth)))
+    return reduce_at(
+        graph, facts.axes, place, technique.name, lambda b, size: technique.emit(Step(b, place, size, count, knob, whole, depth))
+    )
 
 
 def _free(graph: Graph, axes: AxisFacts, place: Place) -> int:
