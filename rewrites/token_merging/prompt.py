@@ -6,7 +6,7 @@ Of the tokens that are one row only the first would say something new to a langu
 kept, tables of positions and masks are looked up there, order is kept, and causal attention stays causal: all words see all tokens of the
 picture that stand before them. No sizes are told, as in the published methods that shorten prompts. Legal where nothing behind the join needs all
 of its entries: no output with an entry for each, no average, no window; selections of the words alone, in front or behind, are. Where it is
-not legal the tokens stay brought back.
+not legal, or the sequence is read both ways as in an encoder (which has to know the sizes), the tokens stay brought back.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def _shortened(graph: Graph, seam: str, joined: str, rule: str, site: str) -> Gr
     axis = next((axis for axis in facts.axes.tokens if (axis.atom,) == atoms and axis.mixers), None)
     if axis is None:
         raise PlanError(f"no attention runs over the entries that {named(join.joined)} joins")
+    if not axis.causal:
+        raise PlanError(f"what {named(join.joined)} joins is no prompt: its entries see each other both ways, and would miss the sizes")
     mixer = graph.node(axis.mixers[0])
     assert mixer is not None  # the analysis has its name from the graph
     cut = find_cut(graph, facts.axes, axis, join.joined, batch_of(facts.axes, mixer), [], _sight, join.after)
@@ -88,8 +90,8 @@ def _dropped(graph: Graph, axes: AxisFacts, join: Join, cut: Cut, kept: Node, mi
 
 def _join(graph: Graph, seam: str, joined: str) -> Join:
     part, whole = graph.node(seam), graph.node(joined)
-    assert part is not None  # both were found in this graph
-    assert whole is not None
+    if part is None or whole is None:
+        raise PlanError(f"{joined} is shorter already by other tokens that are brought back in front of it")
     given = arguments(whole)
     tensors, dim = list(given["tensors"]), given.get("dim", 0) % len(shape_of(whole))
     lengths = [shape_of(tensor)[dim] for tensor in tensors]
