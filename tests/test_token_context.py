@@ -386,12 +386,6 @@ def test_a_step_put_in_before_frames_brings_its_tokens_back() -> None:
     torch.testing.assert_close(both.run(x)[0], video().run(x)[0], **EXACT)
 
 
-def test_golden(golden: Callable[[str], None]) -> None:
-    before = merge_frames.example()
-    after = apply_choice(merge_frames.RULE, before, "attention", 0.48)
-    golden(f"{before}\n# merge_frames at attention = 0.48\n{after}")
-
-
 def test_golden_prompt(golden: Callable[[str], None]) -> None:
     before = assistant("last by place")
     golden(f"{before}\n# visionzip at attention = 0.6667\n{apply_choice(visionzip.RULE, before, 'attention', 0.6667)}")

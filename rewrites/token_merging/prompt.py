@@ -12,6 +12,7 @@ not legal, or the sequence is read both ways as in an encoder (which has to know
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -103,8 +104,9 @@ def _join(graph: Graph, seam: str, joined: str) -> Join:
 
 def _kept(graph: Graph, part: Node, rule: str, site: str) -> Node:
     """i64[B,K]: the places of the tokens that stayed, among all that were brought back."""
-    chain, places = [], part.args[1]
-    while isinstance(places, Node) and is_op(places, "source_map"):
+    chain: list[tuple[Node, Node]] = []
+    places: Any = part.args[1]
+    while is_op(places, "source_map"):
         given = arguments(places)
         chain.append((places, given["kept"]))
         places = given["previous"]
