@@ -186,13 +186,15 @@ def test_nearly_all_tokens_may_go() -> None:
 # ---- prompts
 
 
-def assistant(read: str, causal: bool = True) -> Graph:
-    """Nine tokens of a picture between two words and four, positions added to all, and what is read of them."""
+def assistant(read: str, causal: bool = True, classes: int = 0) -> Graph:
+    """Nine tokens of a picture between two words and four, positions added to all, and what is read of them. classes: tokens in front of the
+    picture's that are cut off behind the tower."""
 
     def model(b: Builder, picture: Node, words: Node) -> Node:
-        seen = layers(b, picture, Sizes(2, 9))
+        seen = layers(b, picture, Sizes(2, 9 + classes))
+        seen = b.slice(seen, 1, classes, 2**63 - 1) if classes else seen
         weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        bridged = b.linear(seen, b.constant("bridge", weight))
+        bridged = b.gelu(b.linear(seen, b.constant("bridge", weight)))
         joined = b.call(aten("cat.default"), ([b.slice(words, 1, 0, 2), bridged, b.slice(words, 1, 2, 6)], 1))
         places = torch.randn(15, WIDTH, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
         x = layers(b, b.add(joined, b.constant("places", places)), Sizes(2, 15, causal=causal))
@@ -202,12 +204,12 @@ def assistant(read: str, causal: bool = True) -> Graph:
         }  # fmt: skip
         return made[read]()
 
-    return build("assistant", model, picture=TensorType("f64", (2, 9, WIDTH)), words=TensorType("f64", (2, 6, WIDTH)))
+    return build("assistant", model, picture=TensorType("f64", (2, 9 + classes, WIDTH)), words=TensorType("f64", (2, 6, WIDTH)))
 
 
-def asked() -> tuple[Tensor, Tensor]:
+def asked(classes: int = 0) -> tuple[Tensor, Tensor]:
     torch.manual_seed(4)
-    return torch.randn(2, 9, WIDTH, dtype=torch.float64), torch.randn(2, 6, WIDTH, dtype=torch.float64)
+    return torch.randn(2, 9 + classes, WIDTH, dtype=torch.float64), torch.randn(2, 6, WIDTH, dtype=torch.float64)
 
 
 def lengths(graph: Graph) -> list[int]:
@@ -226,18 +228,19 @@ def hidden(graph: Graph, kept: Tensor) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize("read", ["last", "last by place", "answer", "first"])
-def test_a_prompt_is_as_if_the_others_had_been_hidden(read: str) -> None:
-    graph, inputs = assistant(read), asked()
+@pytest.mark.parametrize(("read", "classes"), [("last", 0), ("last by place", 0), ("answer", 0), ("first", 0), ("answer", 2)])
+def test_a_prompt_is_as_if_the_others_had_been_hidden(read: str, classes: int) -> None:
+    graph, inputs = assistant(read, classes=classes), asked(classes)
     shorter = apply_choice(visionzip.RULE, graph, "attention", 0.6667)
-    assert lengths(shorter) == [9, 3, 9, 9]
+    assert lengths(shorter) == [9 + classes, 3 + classes, 9, 9]
     assert not any(is_op(node, "unmerge_tokens") for node in shorter.calls)
     back = shorten(visionzip.TECHNIQUE, graph, next(site for site in sites_of(visionzip.RULE, graph)[0]), 0.6667)
-    assert lengths(back) == [9, 3, 15, 15]
+    assert lengths(back) == [9 + classes, 3 + classes, 15, 15]
     chosen = back.copy()
     match = next(node for node in chosen.calls if is_op(node, "match_to_context"))
     chosen.set_outputs([Builder(chosen, chosen.output_node).item(match, 0)])
-    found, wanted = shorter.run(*inputs)[0], hidden(back, chosen.run(*inputs)[0]).run(*inputs)[0]
+    kept = chosen.run(*inputs)[0][:, classes:] - classes
+    found, wanted = shorter.run(*inputs)[0], hidden(back, kept).run(*inputs)[0]
     torch.testing.assert_close(found, wanted, **EXACT)
     if read != "first":  # words in front of the picture do not see it
         assert (found - graph.run(*inputs)[0]).abs().max() > 1e-6

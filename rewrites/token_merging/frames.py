@@ -76,7 +76,7 @@ def _joined(graph: Graph, axes: AxisFacts, view: Node, dim: int, tokens: int) ->
         return 0 if len(joined) == 2 and _is_picture(graph, axes, x, end - 2) else int(joined[0])
     if not joined or not start:
         return 0
-    return tokens // prod(joined)  # the rest comes out of the batch
+    return int(tokens // prod(joined))  # the rest comes out of the batch
 
 
 def _is_picture(graph: Graph, axes: AxisFacts, x: Node, dim: int) -> bool:
