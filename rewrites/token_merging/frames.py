@@ -73,23 +73,18 @@ def _joined(graph: Graph, axes: AxisFacts, view: Node, dim: int, tokens: int) ->
     if prod(joined) == tokens:
         if len(joined) == 1:
             return None
-        return 0 if len(joined) == 2 and _is_picture(graph, axes, x, end - 2) else int(joined[0])
-    if not joined or not start:
+        alone = [atoms[0] for atoms in axes.maps.get(x.name, ())[end - 2 : end] if len(atoms) == 1]
+        picture = len(joined) == 2 and (len(alone) < 2 or _is_picture(graph, axes, alone))  # or blended of several axes, such as windows
+        return 0 if picture else int(joined[0])
+    batch = axes.maps[x.name][start - 1] if joined and start and x.name in axes.maps else ()
+    if not batch or _is_picture(graph, axes, [batch[-1], *(atom for atoms in axes.maps[x.name][start:end] for atom in atoms)]):
         return 0
     return int(tokens // prod(joined))  # the rest comes out of the batch
 
 
-def _is_picture(graph: Graph, axes: AxisFacts, x: Node, dim: int) -> bool:
-    """Whether this dimension and the next are rows and columns: made by one convolution, cut out of longer axes, or blended."""
-    sides = [atoms[0] for atoms in axes.maps.get(x.name, ())[dim : dim + 2] if len(atoms) == 1]
-    if len(sides) < 2:
-        return True  # each blended of several axes, such as windows
+def _is_picture(graph: Graph, axes: AxisFacts, sides: list[Atom]) -> bool:
+    """Whether axes are rows and columns: the first two made by one convolution, or all of them cut out of longer axes."""
     born = graph.node(sides[0].born)
     op = op_of(born) if born is not None else None
     windowed = sides[0].born == sides[1].born and op is not None and op.axes == "spatial"
-    return windowed or all(_is_part(axes, side) for side in sides)
-
-
-def _is_part(axes: AxisFacts, atom: Atom) -> bool:
-    """Whether an axis is no dimension of the value that it comes from, but a factor of one."""
-    return axes.dim(atom.born, atom) is None
+    return windowed or all(axes.dim(side.born, side) is None for side in sides)

@@ -102,7 +102,8 @@ def _dropped(graph: Graph, axes: AxisFacts, join: Join, cut: Cut, kept: Node, mi
 
 def _chains(axes: AxisFacts, seam: Node) -> list[tuple[Node, ...]]:
     """From what was brought back to each concatenation that it enters, by what is done to each token alone."""
-    found, todo = [], [(seam,)]
+    found: list[tuple[Node, ...]] = []
+    todo: list[tuple[Node, ...]] = [(seam,)]
     while todo:
         chain = todo.pop()
         for user in chain[-1].users:
