@@ -72,8 +72,9 @@ def _between(points: Iterable[tuple[float, float]], place: float) -> float:
 class Rates:
     """What one runtime does at one dtype.
 
-    curves: by op name or kind; flops per second for kinds that are rated by flops, else bytes per second. launch_s: of one node; call_s: of
-    one call of the whole graph, whatever is in it; output_s_per_byte: of handing out results.
+    curves: by op name or kind; flops per second for kinds that are rated by flops, else bytes per second. fixed_s: what each node takes beside
+    its flops, for some of these names. launch_s: of one node of any kind; call_s: of one call of the whole graph, whatever is in it;
+    output_s_per_byte: of handing out results.
     Shares of its own pass over memory that a light op still costs where a runtime may fuse it. chained: after another pointwise op; epilogue:
     after a matrix product; filtered: after a convolution; into_row: before a reduction along rows; beside_attention: a view that is executed,
     between attention and the products around it.
@@ -101,10 +102,15 @@ class Rates:
     scale: float = 1.0
     convolved: float = 1.0
     separated: float = 1.0
+    fixed_s: Mapping[str, float] = field(default_factory=dict)
 
     def curve(self, names: Iterable[str]) -> Curve | None:
         """The first of these curves that there is."""
         return next((self.curves[name] for name in names if name in self.curves), None)
+
+    def fixed(self, names: Iterable[str]) -> float:
+        """What a node takes beside its flops at the first of these curves that there is."""
+        return next((self.fixed_s.get(name, 0.0) for name in names if name in self.curves), 0.0)
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def _seconds(work: Work, rates: Rates) -> float:
     if work.is_rated_by_flops:
         curve = rates.curve(work.curves)
         moving = work.bytes_moved / passes((max(work.bytes_moved, 1.0),))
-        return max(work.flops / curve(work.at), moving) if curve is not None else moving
+        return max(work.flops / curve(work.at) + rates.fixed(work.curves), moving) if curve is not None else moving
     curve = rates.curve(work.curves) or passes
     moving = work.bytes_moved / curve((max(work.bytes_moved, 1.0),))
     return max(moving, work.flops / rates.flops_per_s)

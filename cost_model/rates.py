@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -12,6 +12,7 @@ from paretorch.cost_model.curves import Calibration, Curve, Rates, Sample
 from paretorch.cost_model.device_rows import Device
 from paretorch.cost_model.probes import (
     BATCH,
+    CONVOLUTION,
     CONVOLVED,
     CONVOLVED_POSITIONS,
     HEADS,
@@ -39,6 +40,7 @@ NOT_CURVES = (
     "separable",
 )  # each sets a share or an overhead
 WHOLE = {probe.curve for probe in PROBES if not probe.narrowed}  # curves whose samples hold the handing out of a whole result
+CONVOLUTIONS = {probe.curve for probe in CONVOLUTION}
 SERVES = {probe.curve: (probe.curve, *probe.serves) for probe in PROBES}
 UNFUSED = 0.8  # a share of a pass above this is noise around one
 FREE = 1e30  # bytes per second of what is not executed
@@ -58,7 +60,7 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
         if "matrix" not in curves and dtype != "f32":
             curves = _as_base_changes(groups, runtime, dtype)
         if "matrix" in curves and "elementwise" in curves:
-            alone = replace(_traits(groups.get((runtime, "f32"), group)), curves=curves)
+            alone = replace(_traits(groups.get((runtime, "f32"), group)), curves=curves, fixed_s=_fixed(group))
             found[runtime, dtype] = in_context(alone, group)
     for name, base in derived.items():
         for (runtime, dtype), rates in list(found.items()):
@@ -123,11 +125,27 @@ def _output_s_per_byte(plain: Iterable[Sample]) -> float:
 
 def _curves(group: Iterable[Sample]) -> dict[str, Curve]:
     points: dict[str, list[tuple[tuple[float, ...], float]]] = {}
-    for sample in group:
+    samples = list(group)
+    fixed = _fixed(samples)
+    for sample in samples:
         if sample.curve not in NOT_CURVES and sample.amount > 0:
+            seconds = max(sample.seconds - fixed.get(sample.curve, 0.0), LEAST * sample.seconds)
             for name in SERVES.get(sample.curve, (sample.curve,)):
-                points.setdefault(name, []).append((sample.at, sample.amount / sample.seconds))
+                points.setdefault(name, []).append((sample.at, sample.amount / seconds))
     return {"view": Curve.constant(FREE), **{name: Curve.of(found) for name, found in points.items()}}
+
+
+def _fixed(group: Sequence[Sample]) -> dict[str, float]:
+    """What convolutions take beside their flops, by curve: what the shortest takes longer than at the best rate of its curve.
+
+    Eager torch sets up and reorders weights for 55 us in each; between rates that contain that, what lies between is 30 % off.
+    """
+    found = {}
+    for name in sorted({sample.curve for sample in group if sample.curve in CONVOLUTIONS}):
+        own = [sample for sample in group if sample.curve == name]
+        shortest, best = min(own, key=lambda s: s.amount), max(s.amount / s.seconds for s in own)
+        found[name] = max(shortest.seconds - shortest.amount / best, 0.0)
+    return found
 
 
 def _is_strided(group: Iterable[Sample]) -> bool:
