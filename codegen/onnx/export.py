@@ -10,6 +10,7 @@ ops of opset 20.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ def _exported(graph: Graph, opset: int, output_names: list[str]) -> Any:
     """torch.onnx's program. Raises LoweringError."""
     graph = _tensors_only(graph)
     examples, dims = _examples(graph)
-    with _quiet(), uncollected(), torch.no_grad():
+    with _quiet(), _library_read_once(), uncollected(), torch.no_grad():
         try:
             exported = torch.export.export(graph.module(), examples, dynamic_shapes=dims, strict=False)
             program = torch.onnx.export(
@@ -220,6 +221,26 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+_LIBRARY: list[Any] = []  # the exporter's translations, which are the same for every model
+
+
+@contextmanager
+def _library_read_once() -> Iterator[None]:
+    """The exporter parses the sources of its 500 translations anew for each model: 0.4 s, more than all else for a small one."""
+    try:
+        reader: Any = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
+    except (ImportError, AttributeError):  # a torch that is arranged in another way reads them each time
+        yield
+        return
+    if not _LIBRARY:
+        _LIBRARY.extend(reader.get_torchlib_ops())
+    reader.get_torchlib_ops = lambda: list(_LIBRARY)  # found before the one of the module that this stands for
+    try:
+        yield
+    finally:
+        del reader.get_torchlib_ops
 
 
 @contextmanager
