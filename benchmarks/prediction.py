@@ -2,6 +2,7 @@
 
     python benchmarks/prediction.py                   # all models and plans; writes benchmarks/results/prediction.json and .md, docs/prediction.png
     python benchmarks/prediction.py --smoke           # two models, one batch size, few rounds; writes nothing
+    python benchmarks/prediction.py --reprice         # measures nothing: prices what was measured again, after a change of a formula
 
 A shared machine runs at another pace in each second. So one block of the calibration runs again in every round of every race, and what a model takes
 is counted in blocks of the same round: the median of its seconds over the block's, times the block's seconds when it was calibrated, is what it
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.prediction_models import HELD_BACK, MODELS
-from benchmarks.prediction_plans import CASES, pairs, rank_correlation
+from benchmarks.prediction_plans import CASES, pairs, rank_correlation, repriced_pairs
 from benchmarks.run import environment
 from paretorch.capture import capture
 from paretorch.codegen.runtimes import RUNTIMES
@@ -38,6 +39,7 @@ from paretorch.cost_model.measure import race
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.probes import WHOLES, static_graph
 from paretorch.ir.errors import ParetorchError
+from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Measurement
 from paretorch.rewrites.normalize import normalize
 
@@ -61,29 +63,34 @@ class Reference:
         graph, self._x = static_graph(probe, rows, "f32"), probe.input(rows, "f32", "cpu")
         self._execute = RUNTIMES["eager"].compile(graph, (self._x,))
         own = [s for s in calibration.samples if (s.runtime, s.dtype, s.curve) == ("eager", "f32", probe.curve)]
-        self._calibrated = max(own, key=lambda sample: sample.amount).seconds
+        self.calibrated = max(own, key=lambda sample: sample.amount).seconds
 
     def __call__(self) -> Any:
         return self._execute(self._x)
 
     def at_its_pace(self, found: Measurement, own: Measurement) -> float:
         """Seconds that a contender would have taken when this was calibrated. own: this reference's samples of the same rounds."""
-        return self._calibrated * statistics.median(a / b for a, b in zip(found.samples, own.samples, strict=True))
+        return self.calibrated * statistics.median(a / b for a, b in zip(found.samples, own.samples, strict=True))
+
+
+def captured(name: str, batch: int, dtype: str) -> tuple[Graph, Tensor]:
+    """A model's graph, and its input. Raises ParetorchError."""
+    build, make = MODELS[name]
+    torch.manual_seed(0)
+    model, x = build().eval(), make(batch)
+    if dtype == "bf16":
+        model, x = to_half(model, x)
+    return normalize(capture(model, (x,)).graph), x
 
 
 def rows(name: str, batch: int, prices: Prices, reference: Reference, rounds: int) -> list[dict[str, Any]]:
     """Predicted and measured seconds of a model on each runtime that takes it, from one race."""
-    build, make = MODELS[name]
     calls, predicted = {}, {}
     for runtime, dtype in CONTENDERS:
         if RUNTIMES[runtime].refuses() is not None:
             continue
-        torch.manual_seed(0)
-        model, x = build().eval(), make(batch)
-        if dtype == "bf16":
-            model, x = to_half(model, x)
         try:
-            graph = normalize(capture(model, (x,)).graph)
+            graph, x = captured(name, batch, dtype)
             execute = RUNTIMES[runtime].compile(graph, (x,))
         except ParetorchError as error:
             print(f"{name} x {batch} on {runtime} {dtype}: {error}")
@@ -101,6 +108,21 @@ def rows(name: str, batch: int, prices: Prices, reference: Reference, rounds: in
         }
         for key, found in measured.items()
     ]  # fmt: skip
+
+
+def repriced(kept: dict[str, Any], prices: Prices, reference: Reference) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and plans of an earlier run with predictions of today's formulas, from the same samples of the same calibration."""
+    if kept["reference_s"] != reference.calibrated:
+        sys.exit(
+            f"{RESULTS / 'prediction.json'} belongs to another calibration than the one in the cache: measure again, without --reprice"
+        )
+    table = []
+    for row in kept["rows"]:
+        runtime, dtype = row["contender"].split()
+        predicted = prices.graph_cost(captured(row["model"], row["batch"], dtype)[0], runtime).seconds
+        errors = {"error": predicted / row["measured_s"] - 1, "raw error": predicted / row["raw_s"] - 1}
+        table.append({**row, "predicted_s": predicted, **errors})
+    return table, repriced_pairs(kept["plans"], prices)
 
 
 def summary(table: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,12 +203,22 @@ def plot(table: list[dict[str, Any]], plans: list[dict[str, Any]]) -> None:
     figure.savefig(PLOT, dpi=110)
 
 
+def told(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in found:
+        print(
+            f"{row['model']:>16} x {row['batch']} {row['contender']:>15}: {row['predicted_s'] * 1e3:9.3f} ms predicted, "
+            f"{row['measured_s'] * 1e3:9.3f} measured ({row['raw_s'] * 1e3:9.3f} raw), {row['error']:+.1%}", flush=True,
+        )  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="two models, one batch size, few rounds; writes nothing")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
+    parser.add_argument("--reprice", action="store_true", help="keep what was measured, and predict it anew")
     parser.add_argument("--thorough", action="store_true", help="calibrate thoroughly")
     args = parser.parse_args()
     names, batches, rounds = (["encoder of 128", "separable net"], [1], 5) if args.smoke else (args.models, args.batches, args.rounds)
@@ -194,22 +226,19 @@ def main() -> None:
     calibration = calibrate(usable, thorough=args.thorough)
     prices = Prices(calibration, Target.parse("cpu").device)
     table, reference = [], Reference(calibration)
-    for name in names:
-        for batch in batches:
-            found = rows(name, batch, prices, reference, rounds)
-            table += found
-            for row in found:
-                print(
-                    f"{name:>16} x {batch} {row['contender']:>15}: {row['predicted_s'] * 1e3:9.3f} ms predicted, "
-                    f"{row['measured_s'] * 1e3:9.3f} measured ({row['raw_s'] * 1e3:9.3f} raw), {row['error']:+.1%}", flush=True,
-                )  # fmt: skip
-    plans = pairs(prices, min(rounds, PLAN_ROUNDS), CASES[:1] if args.smoke else CASES)
+    if args.reprice:
+        table, plans = repriced(json.loads((RESULTS / "prediction.json").read_text()), prices, reference)
+    else:
+        for name in names:
+            for batch in batches:
+                table += told(rows(name, batch, prices, reference, rounds))
+        plans = pairs(prices, min(rounds, PLAN_ROUNDS), CASES[:1] if args.smoke else CASES)
     figures, correlation = summary(table), rank_correlation(plans)
     print(json.dumps(figures, indent=1), f"rank correlation over {len(plans)} plans: {correlation:.3f}", sep="\n")
     if not args.smoke:
         RESULTS.mkdir(exist_ok=True)
-        found = {"summary": figures, "rank correlation": correlation, "rows": table, "plans": plans, **environment()}
-        (RESULTS / "prediction.json").write_text(json.dumps(found, indent=1) + "\n")
+        found = {"summary": figures, "rank correlation": correlation, "reference_s": reference.calibrated, "rows": table, "plans": plans}
+        (RESULTS / "prediction.json").write_text(json.dumps({**found, **environment()}, indent=1) + "\n")
         (RESULTS / "prediction.md").write_text(markdown(table, plans, figures, correlation, str(calibration)))
         plot(table, plans)
 

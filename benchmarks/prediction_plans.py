@@ -42,16 +42,32 @@ def pairs(prices: Prices, rounds: int, cases: tuple[tuple[str, int], ...] = CASE
     """A row for each (model, plan, runtime) that the plan applies to: predicted and measured times faster than without it."""
     table = []
     for name, batch in cases:
-        torch.manual_seed(0)
-        build, make = MODELS[name]
-        model, x = build().eval(), make(batch)
-        graph = normalize(capture(model, (x,)).graph)
-        candidates = propose(graph, analyze(graph), [rule for rule in RULES if not rule.is_exact])[0]
-        plans = {label: made for label, parts in PLANS.items() if (made := applied(graph, candidates, parts)) is not None}
+        graphs, x = plans_of(name, batch)
         for runtime in RUNTIME_NAMES:
             if RUNTIMES[runtime].refuses() is None:
-                table += _rows(f"{name} x {batch}", runtime, {"plain": graph, **plans}, x, prices, rounds)
+                table += _rows(f"{name} x {batch}", runtime, graphs, x, prices, rounds)
     return table
+
+
+def plans_of(name: str, batch: int) -> tuple[dict[str, Graph], torch.Tensor]:
+    """Graphs of a model with each plan that applies to it and "plain", and the model's input."""
+    torch.manual_seed(0)
+    build, make = MODELS[name]
+    model, x = build().eval(), make(batch)
+    graph = normalize(capture(model, (x,)).graph)
+    candidates = propose(graph, analyze(graph), [rule for rule in RULES if not rule.is_exact])[0]
+    plans = {label: made for label, parts in PLANS.items() if (made := applied(graph, candidates, parts)) is not None}
+    return {"plain": graph, **plans}, x
+
+
+def repriced_pairs(table: list[dict[str, Any]], prices: Prices) -> list[dict[str, Any]]:
+    """The rows of `pairs` as they were measured, with predictions of today's formulas."""
+    known = {f"{name} x {batch}": plans_of(name, batch)[0] for name, batch in CASES}
+
+    def seconds(row: dict[str, Any], plan: str) -> float:
+        return prices.graph_cost(known[row["model"]][plan], row["runtime"]).seconds
+
+    return [{**row, "predicted": seconds(row, "plain") / seconds(row, row["plan"])} for row in table]
 
 
 def applied(graph: Graph, candidates: list[Candidate], parts: tuple[tuple[str, float, float], ...]) -> Graph | None:

@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from paretorch.ir.errors import LoweringError, TargetError
 
-ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "gfx942")  # of the devices that have a row
 Schedule = dict[str, int]
 
 
@@ -136,7 +136,7 @@ def _folder() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="paretorch-kernels-")
 
 
-def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str] = ARCHITECTURES) -> dict[tuple[str, str], Binary]:
+def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str]) -> dict[tuple[str, str], Binary]:
     """Binaries by kernel name and architecture, all made in one process of their own, where triton's interpreter is off.
 
     Raises TargetError if an architecture is unknown or the installed triton has no backend for it, LoweringError if a kernel does not compile.

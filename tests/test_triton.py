@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from paretorch.codegen.expressions import not_expressible
+from paretorch.codegen.kernel import ARCHITECTURES
 from paretorch.codegen.regions import can_compute, covers, is_schedulable, region_of, resources
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.codegen.templates import TEMPLATES
 from paretorch.codegen.triton_runtime import each_alone, kernels_of, with_kernels
 from paretorch.codegen.triton_text import render
+from paretorch.cost_model.device_rows import GPUS
 from paretorch.ir.builder import build
 from paretorch.ir.errors import LoweringError, TargetError
 from paretorch.ir.graph import Graph
@@ -340,8 +342,14 @@ def test_models(name: str) -> None:
 
 
 def test_an_architecture_that_is_not_known() -> None:
-    with pytest.raises(TargetError, match=r"no architecture named 'sm_1'; known: sm_80, sm_90, gfx942"):
+    with pytest.raises(TargetError, match=r"no architecture named 'sm_1'; known: sm_80, sm_89, sm_90, gfx942"):
         resources(kernel(FAMILIES["chain"].graph("f32", 2, 3)), "sm_1")
+
+
+def test_kernels_are_made_for_every_gpu_that_has_a_row() -> None:
+    assert {device.arch for device in GPUS} == set(ARCHITECTURES)
+    binary = resources(kernel(FAMILIES["chain"].graph("f32", 2, 3)), "sm_89")
+    assert (binary.arch, binary.spills) == ("sm_89", 0)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rotary"])
