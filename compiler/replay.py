@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from paretorch.budget import Budget
 from paretorch.capture import capture
+from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.contest import Contender, run_race
 from paretorch.cost_model.devices import Target
 from paretorch.ir.errors import PlanError
@@ -33,7 +35,8 @@ def replay(
     """The model with the plan's rewrites on the plan's runtime, timed beside the original. Its loss is not measured again: the report says so.
 
     A plan that was made without weights names exact rules only; they are applied wherever they are legal now that values are known.
-    Raises PlanError if the graph's fingerprint is not the plan's, or its runtime cannot be used here.
+    Runs on the plan's runtime, or on the one that the target names if that allows no other. Raises PlanError if the graph's fingerprint is not
+    the plan's, or its runtime cannot be used here.
     """
     stages = Stages()
     target = target if isinstance(target, Target) else Target.parse(target)
@@ -53,7 +56,7 @@ def replay(
                 session.exact = apply_rule(rule, session.exact)[0]
                 session.exact_rules.append(rule.name)
         rewritten = session.apply(plan.choices)
-    runtime = plan.runtime if plan.runtime in session.lowering.runtimes else "eager"
+    runtime = _runtime(plan, target, session.lowering.runtimes)
     with stages("lower"):
         execute = session.lowering.compile(rewritten, runtime)
     if execute is None:
@@ -64,3 +67,18 @@ def replay(
     if len(plan):
         session.notes.append("the plan was applied without data: its loss on this model was not measured")
     return Optimized(program, contender, plan, Report.of(session, plan, contender, None, measured), session)
+
+
+def _runtime(plan: Plan, target: Target, usable: Collection[str]) -> str:
+    """The runtime to run on. Raises PlanError if it is the plan's and cannot be used here."""
+    if plan.runtime in usable:
+        return plan.runtime
+    if len(target.runtimes) == 1 and target.runtimes[0] in usable:
+        return target.runtimes[0]
+    reason = (
+        RUNTIMES[plan.runtime].refuses() if plan.runtime in target.runtimes else f"the target {target} has {', '.join(target.runtimes)}"
+    )
+    raise PlanError(
+        f"this plan was made for the runtime {plan.runtime}, which cannot be used here: {reason or 'it could not be calibrated'}; "
+        "name one to run it on instead, such as target='cpu:eager', or call optimize"
+    )

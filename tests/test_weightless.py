@@ -5,7 +5,7 @@ import torch
 
 from paretorch.budget import Budget
 from paretorch.capture import capture
-from paretorch.ir.errors import ArtifactError, BudgetError, InputError
+from paretorch.ir.errors import ArtifactError, BudgetError, InputError, PlanError
 from paretorch.ir.hash import structural_hash
 from paretorch.optimize import optimize
 from paretorch.rewrites.normalize import normalize
@@ -42,6 +42,8 @@ def test_the_plan_fits_the_model_with_weights(name):
     planned = optimize(meta, inputs, target="cuda:h100")
     assert planned.plan.exact, "rules were found to pay"
     assert any("no weights" in note for note in planned.report.notes)
+    with pytest.raises(PlanError, match=f"made for the runtime {planned.plan.runtime}, which cannot be used here"):
+        planned.plan.apply(model, inputs)
     fast = planned.plan.apply(model, inputs, target="cpu:eager")
     assert fast.plan.exact == planned.plan.exact
     with torch.no_grad():
