@@ -131,8 +131,8 @@ def whisper(_: int) -> Subject:
 
 MODELS: dict[str, Callable[[int], Subject]] = {
     "demo ViT, 197 tokens": demo,
-    "DINOv2-S, 122 tokens": dinov2,
-    "DINOv2-S, 257 tokens": lambda samples: dinov2(samples // 2, 224),
+    "DINOv2-S, 122 tokens": lambda samples: dinov2(samples // 2),
+    "DINOv2-S, 257 tokens": lambda samples: dinov2(samples // 4, 224),
     "MiniLM, 64 tokens": minilm,
     "Whisper tiny.en encoder, 1,500 tokens": whisper,
 }
