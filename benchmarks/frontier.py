@@ -3,7 +3,7 @@
     python benchmarks/frontier.py                    # writes benchmarks/results/frontier.json and .md, and docs/frontier.png
     python benchmarks/frontier.py --models minilm --samples 400 --rounds 5
 
-Each rule takes the same share of the tokens after every layer, at four strengths; the selection finds a number for each layer, on its own data, with
+Each rule takes the same share of the tokens after every layer, at each of `SHARES`; the selection finds a number for each layer, on its own data, with
 `tome` alone and with all rules of the family. All plans of a model run on ONNX Runtime at f32 and in one race with an A/A row, so their speeds
 can be compared. Drops are paired with the original on the same samples, with half widths of 95 % intervals.
 """
@@ -44,7 +44,6 @@ from paretorch.settle import settle_exact
 from paretorch.stages import Stages
 
 RUNTIME = "onnxruntime"
-STRENGTHS = 4  # of a constant step in every layer
 SHARES = (0.02, 0.04, 0.08, 0.12)  # of the tokens of the model, in every layer
 PROGRESSIVE = ("tome", "pitome", "tofu", "evit", "divprune")  # those with a step after each attention
 WAYS = {"selected tome": ("tome",), "selected": PROGRESSIVE}
@@ -226,6 +225,21 @@ def measure(name: str, samples: int, rounds: int) -> dict[str, Any]:
     return {"rows": rows, "A/A": [same.value, same.low, same.high], "quality": subject.quality}
 
 
+def against_constant(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
+    """Plans that were selected with `tome` alone, each with the drop that the same step in every layer has at its speed: between the two
+    constant plans next to it, linearly. Those that are faster than every constant plan are left out."""
+    constant = sorted((row["times"], row["drop"]) for row in rows if row["plan"] == ORIGINAL or row["plan"].startswith("tome at "))
+    found = []
+    for row in rows:
+        if row["plan"].startswith("selected tome "):
+            left = max((place for place in constant if place[0] <= row["times"]), default=None)
+            right = min((place for place in constant if place[0] > row["times"]), default=None)
+            if left is not None and right is not None:
+                share = (row["times"] - left[0]) / (right[0] - left[0])
+                found.append((row, left[1] + share * (right[1] - left[1])))
+    return found
+
+
 def markdown(found: dict[str, Any]) -> str:
     about = environment()
     lines = [
@@ -242,6 +256,12 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {row['plan']} | {row['times']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f}) | {row['predicted times']:.2f} "
             f"| {100 * row['score']:.2f} | {100 * row['drop']:.2f} ± {100 * row['half width']:.2f} | {row['n']:,} |"
             for row in model["rows"]
+        ]
+        lines += ["", "| `tome` with a step for each layer | times faster | drop | drop of the same step in every layer, at this speed |"]
+        lines += ["|---|---|---|---|"]
+        lines += [
+            f"| {row['plan']} | {row['times']:.2f} | {100 * row['drop']:.2f} ± {100 * row['half width']:.2f} | {100 * drop:.2f} |"
+            for row, drop in against_constant(model["rows"])
         ]
     return "\n".join([*lines, ""])
 

@@ -127,7 +127,7 @@ class Program:
     def leaves(self, inputs: Any) -> tuple[Tensor, ...]:
         """Flat inputs of inputs in the form of example_inputs, not yet checked against the captured shapes. Raises InputError."""
         args, kwargs = as_call(inputs)
-        found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        found = self.signature.tensors(args, kwargs)
         count = len(self.example) - len(self.state)
         if len(found) != count:
             raise InputError(f"an item of data holds {len(found)} tensors; the captured model takes {count}")

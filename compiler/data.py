@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from paretorch.budget import Budget
 from paretorch.capture import Program
@@ -61,7 +62,7 @@ def split(items: Sequence[Any], seed: int) -> Split:
 
 
 def _batches(program: Program, item: Any, budget: Budget, number: int) -> list[Batch]:
-    inputs, labels = _labelled(item, budget, number)
+    inputs, labels = _labelled(program, item, budget, number)
     leaves = program.leaves(inputs)
     rows = _rows(leaves, program.example)
     if all(leaf.shape == example.shape for leaf, example in zip(leaves, program.example, strict=True)) or rows is None:
@@ -70,10 +71,12 @@ def _batches(program: Program, item: Any, budget: Budget, number: int) -> list[B
     return [_cut(program, leaves, labels, start, size, rows) for start in range(0, rows, size)]
 
 
-def _labelled(item: Any, budget: Budget, number: int) -> tuple[Any, Any]:
+def _labelled(program: Program, item: Any, budget: Budget, number: int) -> tuple[Any, Any]:
+    """Inputs and labels. Without a metric a pair is all inputs, unless its first part alone has as many tensors as the model takes."""
     pair = isinstance(item, (tuple, list)) and len(item) == 2
     if budget.metric is None:
-        return (item[0] if pair and isinstance(item[0], (Tensor, dict, tuple)) and not isinstance(item[1], Tensor) else item), None
+        tensors = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(item[0])) if pair else 0
+        return (item[0] if pair and tensors == len(program.example) - len(program.state) else item), None
     if not pair:
         raise InputError(f"item {number} of data is {type(item).__name__}; a budget with a metric needs pairs (inputs, labels)")
     return item[0], item[1]
@@ -96,6 +99,9 @@ def _cut(program: Program, leaves: Sequence[Tensor], labels: Any, start: int, si
 
 
 def _take(labels: Any, start: int, count: int) -> Any:
+    """The labels of some samples; of a dict those of each entry."""
+    if isinstance(labels, dict):
+        return {name: _take(values, start, count) for name, values in labels.items()}
     return None if labels is None else labels[start : start + count]
 
 
@@ -104,4 +110,4 @@ def map_outputs(outputs: Any, count: int, padded: int) -> Any:
     if count == padded:
         return outputs
     cut: Callable[[Any], Any] = lambda x: x[:count] if isinstance(x, Tensor) and x.ndim and x.shape[0] == padded else x  # noqa: E731
-    return torch.utils._pytree.tree_map(cut, outputs)
+    return pytree.tree_map(cut, outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -66,6 +67,24 @@ class Signature:
         if spec != self.input_spec:
             raise InputError(f"the inputs are structured as {_brief(spec)}; the model was captured with {_brief(self.input_spec)}")
         return self.check([value for leaf, value in zip(self.leaves, found, strict=True) if self._is_input(leaf, value)])
+
+    def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of an item of data, not checked: keyword inputs by name, in the graph's order, else in the order given.
+
+        Values that were fixed at capture may be left out. Raises InputError for a name that is missing or that the model was captured without.
+        """
+        if not kwargs:
+            return _tensors(args)
+        names = (*self.positional, *self.keywords)
+        given = {**dict(zip(self.positional, args, strict=False)), **kwargs}
+        unknown = next((name for name in given if name not in names and not _same(self.defaults.get(name), given[name])), None)
+        if unknown is not None:
+            raise InputError(f"an item of data has {unknown!r}; the model was captured with {', '.join(names)}")
+        needed = {re.split(r"[.\[]", leaf.path)[0] for leaf in self.leaves if leaf.is_tensor}
+        missing = next((name for name in names if name in needed and name not in given), None)
+        if missing is not None:
+            raise InputError(f"an item of data lacks {missing!r}; it has {', '.join(given)}")
+        return _tensors([given[name] for name in names if name in given])
 
     def check(self, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
         """Dtypes and shapes. Raises InputError."""
@@ -171,6 +190,10 @@ class Signature:
                 f"{leaf.path} is {value!r}; the model was captured with {leaf.value!r}, which is fixed: optimize again with it"
             )
         return leaf.is_tensor
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _same(fixed: Any, given: Any) -> bool:
