@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,10 +162,10 @@ class Program:
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of example inputs: a tensor, a tuple of positional, or a dict of keyword inputs. Raises InputError."""
+    """(args, kwargs) of example inputs: a tensor, a tuple of positional, or a mapping (such as a tokenizer's) of keyword inputs. Raises InputError."""
     if isinstance(inputs, Call):
         return inputs.args, dict(inputs.kwargs)
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, (tuple, list)):
         return tuple(inputs), {}

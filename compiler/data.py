@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from paretorch.budget import Budget
-from paretorch.capture import Program
+from paretorch.capture import Program, as_call
 from paretorch.ir.errors import BudgetError, InputError
 
 RANKING_SHARE = 1 / 6  # the demo's 1,000 of 6,000; the rest decides acceptance
@@ -75,11 +75,18 @@ def _labelled(program: Program, item: Any, budget: Budget, number: int) -> tuple
     """Inputs and labels. Without a metric a pair is all inputs, unless its first part alone has as many tensors as the model takes."""
     pair = isinstance(item, (tuple, list)) and len(item) == 2
     if budget.metric is None:
-        tensors = sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(item[0])) if pair else 0
-        return (item[0] if pair and tensors == len(program.example) - len(program.state) else item), None
+        return (item[0] if pair and _tensors(item[0]) == len(program.example) - len(program.state) else item), None
     if not pair:
         raise InputError(f"item {number} of data is {type(item).__name__}; a budget with a metric needs pairs (inputs, labels)")
     return item[0], item[1]
+
+
+def _tensors(inputs: Any) -> int:
+    """How many tensors there are in what may be inputs."""
+    try:
+        return sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(as_call(inputs)))
+    except InputError:
+        return 0
 
 
 def _rows(leaves: Sequence[Tensor], example: Sequence[Tensor]) -> int | None:

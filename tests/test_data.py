@@ -1,5 +1,6 @@
 """Items of data: what is an input, by which name, and what is a label."""
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ class Two(nn.Module):
 
 
 def two() -> Program:
-    return capture(Two().eval(), {"first": FIRST, "second": SECOND, "doubled": True})
+    return capture(Two().eval(), UserDict(first=FIRST, second=SECOND, doubled=True))
 
 
 def inputs_of(program: Program, item: Any, **budget: Any) -> tuple[Tensor, ...]:
@@ -39,6 +40,8 @@ def inputs_of(program: Program, item: Any, **budget: Any) -> tuple[Tensor, ...]:
         {"second": SECOND, "third": None, "first": FIRST},
         (FIRST, SECOND),
         ({"second": SECOND, "first": FIRST}, LABELS),
+        UserDict(second=SECOND, first=FIRST),  # what tokenizers of transformers give
+        (UserDict(second=SECOND, first=FIRST), LABELS),
         ((FIRST, SECOND), LABELS),
         ((FIRST, SECOND), ["cat", "dog"]),
     ],
