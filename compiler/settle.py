@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from paretorch.attempts import Attempts
 from paretorch.contest import SLOW_TO_COMPILE, Contender, contenders, disagreement, late_contenders, run_race
 from paretorch.cost_model.measure import HEATS, ratio
 from paretorch.cost_model.memory import weight_bytes
@@ -22,7 +23,6 @@ from paretorch.report import Report
 from paretorch.search import Point
 from paretorch.session import Session, is_reduced
 
-ATTEMPTS = 5  # plans that are compiled and judged on held-out data before the exact one is returned
 ANCHOR_ROUNDS = 8
 LARGE_WEIGHTS = 500e6  # bytes of weights beyond which only one form of the graph is compiled: each runtime keeps a copy or two
 
@@ -71,9 +71,12 @@ def settle(session: Session, exact: Optimized, limit: float | None = None) -> Op
     limit = session.budget.limit if limit is None else limit
     assert limit is not None and session.judge is not None  # only called with a budget  # noqa: PT018
     hopeful = [point for point in session.points if point.choices and point.loss <= limit]
-    for point in hopeful[:ATTEMPTS]:
+    attempts = Attempts(hopeful, limit)
+    for point in attempts:
         outcome = _judge(session, point, limit)
         if outcome is None or outcome.contender is None:
+            judged = session.judged[point.choices]
+            attempts.learn(point, judged[1] if judged is not None else None)
             continue
         if not session.target.is_here:
             if outcome.contender.predicted < session.price(session.exact)[0]:
