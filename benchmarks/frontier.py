@@ -211,6 +211,7 @@ def measure(name: str, samples: int, rounds: int) -> dict[str, Any]:
         scores[plan] = subject.scores(runs[plan])
         print(f"{name}: {plan}: {float(scores[plan].mean()):.4f} of {len(scores[plan])}", flush=True)
     calls = {plan: (lambda run=run: run(*subject.inputs)) for plan, run in runs.items()}
+    print(f"{name}: racing {len(calls)} plans", flush=True)
     seconds = race(again(calls, ORIGINAL), rounds)
     rows = []
     for plan in calls:
