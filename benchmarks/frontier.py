@@ -49,7 +49,7 @@ PROGRESSIVE = ("tome", "pitome", "tofu", "evit", "divprune")  # those with a ste
 WAYS = {"selected tome": ("tome",), "selected": PROGRESSIVE}
 SELECTED = 4  # plans of a selection's frontier that are measured
 EVALUATIONS = 30
-SAMPLES, RANKING = 2_000, 600  # that no search sees; that the selection ranks on
+SAMPLES, RANKING = 2_000, 3_000  # that no search sees; of which the search ranks on a sixth
 ROUNDS = 15
 ORIGINAL = "original"
 
