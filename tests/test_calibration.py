@@ -65,6 +65,21 @@ def test_a_disturbed_sample_takes_no_longer_than_one_that_does_more():
     assert 2 * 8 * 128**2 / matrix((8.0, 128.0)) == pytest.approx(2e-6)
 
 
+def test_convolutions_take_a_fixed_time_beside_their_flops():
+    def seconds(positions: float, channels: float) -> float:
+        return 55e-6 + 2 * positions * channels**2 / 2e11
+
+    places = [(784.0, 32.0), (6272.0, 32.0), (784.0, 128.0), (3136.0, 96.0)]
+    group = [sample("convolution.pointwise", at, 2 * at[0] * at[1] ** 2, seconds(*at)) for at in places]
+    group += [sample("matrix", (64.0, 64.0), 2 * 64**3, 1e-6), sample("elementwise", (4096.0,), 4096.0, 1e-6)]
+    rates, names = derive(group, {})["r", "f32"], ("convolution.pointwise", "convolution")
+    curve = rates.curve(names)
+    assert rates.fixed(names) == pytest.approx(55e-6, rel=0.1)
+    assert rates.fixed(("matrix",)) == 0.0
+    for at in (*places, (3136.0, 48.0), (2000.0, 64.0), (5000.0, 40.0)):
+        assert 2 * at[0] * at[1] ** 2 / curve(at) + rates.fixed(names) == pytest.approx(seconds(*at), rel=0.1)
+
+
 # calibration, on a clock that only fake runtimes turn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,15 @@ def test_refusals(linears: tuple[Graph, OnnxModel]) -> None:
     odd = build("odd", lambda b, x: b.call(torch.ops.aten.digamma.default, (x,)), x=TensorType("f32", (2, 3)))
     with pytest.raises(LoweringError, match=r"torch.onnx cannot export this graph: .*digamma"):
         to_onnx(odd)
+
+
+def test_the_exporters_translations_are_parsed_once(linears: tuple[Graph, OnnxModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = import_module("torch.onnx._internal._lazy_import").onnxscript_apis
+    real = reader.get_torchlib_ops
+    calls: list[None] = []
+    monkeypatch.setattr(export_module, "_LIBRARY", [])
+    monkeypatch.setattr(import_module(reader._name), "get_torchlib_ops", lambda: [calls.append(None), *real()][1:])
+    models = [to_onnx(linears[0]) for _ in range(3)]
+    assert len(calls) == 1
+    assert len({model.skeleton.SerializeToString() for model in models}) == 1
+    assert "get_torchlib_ops" not in vars(reader), "the exporter is left as it was"
