@@ -41,9 +41,7 @@ LOW = 25  # the percentile that is kept: what a probe takes when nothing disturb
 CONTRADICTION = 2.0
 DERIVED = {"inductor": "eager"}  # compiling takes too long to measure curves: rates follow from another runtime's
 FLOOR_S = 2e-8
-BUSY_SPREAD = (
-    0.8  # interquartile range over median that a tenth of the samples exceed: up to 0.55 on an idle machine, from 0.87 on a busy one
-)
+BUSY_SPREAD = 0.8  # interquartile range over median that a tenth of the samples exceed: up to 0.55 when idle, from 0.87 when busy
 RESOLUTION = 0.01  # what takes less than this share of an idle call cannot be told from it
 
 __all__ = ["analytic", "calibrate"]

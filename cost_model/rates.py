@@ -60,7 +60,8 @@ def derive(samples: Iterable[Sample], derived: Mapping[str, str]) -> dict[tuple[
         if "matrix" not in curves and dtype != "f32":
             curves = _as_base_changes(groups, runtime, dtype)
         if "matrix" in curves and "elementwise" in curves:
-            alone = replace(_traits(groups.get((runtime, "f32"), group)), curves=curves, fixed_s=_fixed(group))
+            plain = groups.get((runtime, "f32"), group)
+            alone = replace(_traits(plain), curves=curves, fixed_s=_fixed(group) or _fixed(plain))  # as the curves, from f32 where need be
             found[runtime, dtype] = in_context(alone, group)
     for name, base in derived.items():
         for (runtime, dtype), rates in list(found.items()):

@@ -65,6 +65,11 @@ def test_a_disturbed_sample_takes_no_longer_than_one_that_does_more():
     assert 2 * 8 * 128**2 / matrix((8.0, 128.0)) == pytest.approx(2e-6)
 
 
+def sample_of_block() -> Sample:
+    """All that is measured at bf16 of a runtime that takes long to compile."""
+    return Sample("r", "bf16", "block", (1.0,), 1.0, 1e-3, 0.1)
+
+
 def test_convolutions_take_a_fixed_time_beside_their_flops():
     def seconds(positions: float, channels: float) -> float:
         return 55e-6 + 2 * positions * channels**2 / 2e11
@@ -78,6 +83,9 @@ def test_convolutions_take_a_fixed_time_beside_their_flops():
     assert rates.fixed(("matrix",)) == 0.0
     for at in (*places, (3136.0, 48.0), (2000.0, 64.0), (5000.0, 40.0)):
         assert 2 * at[0] * at[1] ** 2 / curve(at) + rates.fixed(names) == pytest.approx(seconds(*at), rel=0.1)
+    halved = [replace(s, runtime="other", dtype="bf16", seconds=s.seconds / 2) for s in group]
+    both = [*group, *(replace(s, runtime="other") for s in group), *halved, sample_of_block()]
+    assert derive(both, {})["r", "bf16"].fixed_s == rates.fixed_s, "curves that follow from those at f32 keep what they were parted from"
 
 
 # calibration, on a clock that only fake runtimes turn
