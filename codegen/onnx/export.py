@@ -240,7 +240,7 @@ def _library_read_once() -> Iterator[None]:
     try:
         yield
     finally:
-        del reader.get_torchlib_ops
+        vars(reader).pop("get_torchlib_ops", None)  # another thread's export may have ended first
 
 
 @contextmanager
