@@ -37,7 +37,7 @@ from paretorch.cost_model.curves import Calibration
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.measure import race
 from paretorch.cost_model.price import Prices
-from paretorch.cost_model.probes import WHOLES, static_graph
+from paretorch.cost_model.probes import WHOLES, panel
 from paretorch.ir.errors import ParetorchError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Measurement
@@ -60,7 +60,7 @@ class Reference:
 
     def __init__(self, calibration: Calibration) -> None:
         probe, rows = WHOLES[0], WHOLES[0].rows[-1]
-        graph, self._x = static_graph(probe, rows, "f32"), probe.input(rows, "f32", "cpu")
+        graph, self._x = panel((probe,), "f32", False, rows), probe.input(rows, "f32", "cpu")
         self._execute = RUNTIMES["eager"].compile(graph, (self._x,))
         own = [s for s in calibration.samples if (s.runtime, s.dtype, s.curve) == ("eager", "f32", probe.curve)]
         self.calibrated = max(own, key=lambda sample: sample.amount).seconds

@@ -32,7 +32,7 @@ from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
 
-QUICK_SECONDS, THOROUGH_SECONDS = 5.0, 30.0  # of measuring, beside compiling
+QUICK_SECONDS, THOROUGH_SECONDS = 3.5, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
 BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
@@ -199,7 +199,7 @@ def _sample(run: _Run, probe: Probe, idle: float) -> Sample:
     amount = (
         (main.flops if main.is_rated_by_flops else main.bytes_moved) if probe.curve in main.curves else sum(w.bytes_moved for w in works)
     )
-    seconds = max(_low(run.samples) - idle, RESOLUTION * idle, FLOOR_S) / probe.repeats
+    seconds = max(_low(run.samples) - idle, RESOLUTION * idle, FLOOR_S) / (probe.repeats * probe.ops)
     middle = float(numpy.median(run.samples))
     spread = float(numpy.subtract(*numpy.percentile(run.samples, [75, 25]))) / middle if middle > 0 else 0.0
     return Sample(run.panel.runtime, run.panel.dtype, probe.curve, main.at, amount, seconds, spread)

@@ -38,7 +38,7 @@ def fingerprint(runtime: str, thorough: bool, place: str) -> dict[str, str]:
 @cache
 def probes_digest() -> str:
     """Changes with the set of probes and their sizes."""
-    rows = [(p.name, p.curve, p.shape, p.rows, p.repeats, p.axis, p.narrowed, p.half) for p in (DISPATCH, *PROBES, *GPU_PROBES)]
+    rows = [(p.name, p.curve, p.shape, p.rows, p.repeats * p.ops, p.axis, p.narrowed, p.half) for p in (DISPATCH, *PROBES, *GPU_PROBES)]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:8]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paretorch.cost_model.devices import cache_sizes, shared_cache_bytes
-from paretorch.cost_model.probes import DISPATCH, GPU_PROBES, PROBES, TINY_ROWS, WHOLES, Probe, cold_probe, panel
+from paretorch.cost_model.probes import DISPATCH, GPU_PROBES, PROBES, TINY_ROWS, WHOLES, Probe, cold_probe, forget_values, panel
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
 
@@ -53,8 +53,9 @@ class Panel:
 
 
 def forget_inputs() -> None:
-    """Free the inputs of probes, which panels share."""
+    """Free the inputs of probes, which panels share, and the values of constants."""
     _input.cache_clear()
+    forget_values()
 
 
 def cache_bytes() -> float:

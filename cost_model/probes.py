@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy
@@ -26,19 +27,19 @@ Body = Callable[[Builder, Node, str], Node]
 
 @dataclass(frozen=True)
 class Probe:
-    """curve: the price curve that its points belong to; body: (builder, x, dtype) -> y, a chain of `repeats` equal ops and maybe some views.
+    """curve: the price curve that its points belong to; link: (builder, x, dtype) -> y, of which `repeats` stand in a row; some links have views.
 
     shape: of the input without the axis that varies, which is put in at place `axis`; rows: its sizes to measure; integers: the input
     holds indices below this. idle_rows: with which it does next to nothing, one for attention, of which some runtimes take no empty tensors.
     serves: further op names and kinds that its curve prices. is_executed_view: a view that ONNX runtimes execute as a copy.
     narrowed: only the first column of the result is returned, so that handing out results, which a runtime may copy, is not measured with the op.
     is_whole: several ops as they stand in models, compiled as a model is, at each size alone; its dispatch stays in the sample.
-    half: whether it is measured at half precision too. quick: whether the quick form measures it.
+    half: whether it is measured at half precision too. quick: whether the quick form measures it. ops: among which the seconds of a link are shared.
     """
 
     name: str
     curve: str
-    body: Body
+    link: Body
     shape: tuple[int, ...]
     rows: tuple[int, ...]
     repeats: int = 1
@@ -51,6 +52,13 @@ class Probe:
     is_whole: bool = False
     half: bool = True
     quick: bool = True
+    ops: int = 1
+
+    def body(self, b: Builder, x: Node, dtype: str) -> Node:
+        """The whole chain."""
+        for _ in range(self.repeats):
+            x = self.link(b, x, dtype)
+        return x
 
     def sizes(self, rows: Any) -> tuple[Any, ...]:
         """The shape of the input at so many rows, a number or a symbol."""
@@ -65,21 +73,28 @@ class Probe:
 
 
 def weight(b: Builder, name: str, dtype: str, *shape: int) -> Node:
-    """A random constant whose products keep the size of what they multiply."""
-    draws = torch.Generator().manual_seed(len(b.graph.constants))
+    """A random constant whose products keep the size of what they multiply; on the meta device it has no values."""
+    place = torch.get_default_device()
+    values = torch.empty(shape, dtype=DTYPES[dtype]) if place.type == "meta" else _values(len(b.graph.constants), shape, dtype).to(place)
+    return b.constant(f"{name}_{len(b.graph.constants)}", values)
+
+
+@cache
+def _values(seed: int, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Shared by all graphs of a calibration: drawing them takes longer than most of what is measured."""
+    draws = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=draws, device="cpu") / math.sqrt(math.prod(shape[1:]) or 1)
-    return b.constant(f"{name}_{len(b.graph.constants)}", values.to(torch.get_default_device(), DTYPES[dtype]))
+    return values.to(DTYPES[dtype])
 
 
-def linears(width: int, count: int) -> Body:
-    """A chain of square linears, each with weights of its own."""
+def forget_values() -> None:
+    """Free the values of constants, which graphs share."""
+    _values.cache_clear()
 
-    def body(b: Builder, x: Node, dtype: str) -> Node:
-        for _ in range(count):
-            x = b.linear(x, weight(b, "w", dtype, width, width), weight(b, "b", dtype, width))
-        return x
 
-    return body
+def square(width: int) -> Body:
+    """A linear that keeps the width, with weights of its own."""
+    return lambda b, x, dtype: linear(b, x, dtype, width, width)
 
 
 def attentions(causal: bool = False) -> Body:
@@ -96,34 +111,21 @@ def packed_attention(b: Builder, x: Node, dtype: str) -> Node:
     return b.call(aten("reshape.default"), (b.permute(mixed, [0, 2, 1, 3]), [BATCH, -1, HEADS * 64]))
 
 
-def convolutions(channels: int, taps: int, groups: int, count: int) -> Body:
-    def body(b: Builder, x: Node, dtype: str) -> Node:
-        for _ in range(count):
-            kernel = weight(b, "k", dtype, channels, channels // groups, taps, taps)
-            x = b.convolution(x, kernel, weight(b, "b", dtype, channels), [1, 1], [taps // 2, taps // 2], [1, 1], groups)
-        return x
+def convolution(channels: int, taps: int, groups: int) -> Body:
+    def link(b: Builder, x: Node, dtype: str) -> Node:
+        kernel = weight(b, "k", dtype, channels, channels // groups, taps, taps)
+        return b.convolution(x, kernel, weight(b, "b", dtype, channels), [1, 1], [taps // 2, taps // 2], [1, 1], groups)
 
-    return body
+    return link
 
 
-def norms(width: int, count: int) -> Body:
-    def body(b: Builder, x: Node, dtype: str) -> Node:
-        for _ in range(count):
-            x = b.layer_norm(x, [width], weight(b, "g", dtype, width), weight(b, "b", dtype, width))
-        return x
-
-    return body
+def norm(width: int) -> Body:
+    return lambda b, x, dtype: b.layer_norm(x, [width], weight(b, "g", dtype, width), weight(b, "b", dtype, width))
 
 
-def repeated(name: str, count: int, *arguments: object) -> Body:
-    """The same op on its own result."""
-
-    def body(b: Builder, x: Node, dtype: str) -> Node:
-        for _ in range(count):
-            x = getattr(b, name)(x, *arguments)
-        return x
-
-    return body
+def applied(name: str, *arguments: object) -> Body:
+    """The op of this name."""
+    return lambda b, x, dtype: getattr(b, name)(x, *arguments)
 
 
 def sums(b: Builder, x: Node, dtype: str) -> Node:
@@ -154,16 +156,13 @@ def linear_and_sum(b: Builder, x: Node, dtype: str) -> Node:
     return x
 
 
-def batch_norms(channels: int, count: int) -> Body:
-    def body(b: Builder, x: Node, dtype: str) -> Node:
-        for _ in range(count):
-            scale, shift, mean = (weight(b, "n", dtype, channels) for _ in range(3))
-            x = b.batch_norm(
-                x, scale, shift, mean, b.constant(f"v_{len(b.graph.constants)}", ones(dtype, channels)), False, 0.1, 1e-5, False
-            )
-        return x
+def batch_norm(channels: int) -> Body:
+    def link(b: Builder, x: Node, dtype: str) -> Node:
+        scale, shift, mean = (weight(b, "n", dtype, channels) for _ in range(3))
+        variance = b.constant(f"v_{len(b.graph.constants)}", ones(dtype, channels))
+        return b.batch_norm(x, scale, shift, mean, variance, False, 0.1, 1e-5, False)
 
-    return body
+    return link
 
 
 def ones(dtype: str, size: int) -> Tensor:
@@ -173,21 +172,21 @@ def ones(dtype: str, size: int) -> Tensor:
 def convolution_and_norm(b: Builder, x: Node, dtype: str) -> Node:
     """Pointwise convolutions, each followed by a batch norm, a residual add and a pointwise op."""
     for _ in range(NORMED_COUNT):
-        y = convolutions(CONVOLVED, 1, 1, 1)(b, x, dtype)
-        x = b.relu(b.add(batch_norms(CONVOLVED, 1)(b, y, dtype), x))
+        y = convolution(CONVOLVED, 1, 1)(b, x, dtype)
+        x = b.relu(b.add(batch_norm(CONVOLVED)(b, y, dtype), x))
     return x
 
 
 def block(b: Builder, x: Node, dtype: str) -> Node:
     """x: [1, T, BLOCK_WIDTH] through a pre-norm transformer block: the ops of the other probes among each other."""
     width, heads = BLOCK_WIDTH, BLOCK_WIDTH // 64
-    packed = linear(b, norms(width, 1)(b, x, dtype), dtype, 3 * width, width)
+    packed = linear(b, norm(width)(b, x, dtype), dtype, 3 * width, width)
     split = b.permute(b.view(packed, [1, -1, 3, heads, 64]), [2, 0, 3, 1, 4])
     query, key, value = (b.item(b.unbind(split, 0), place) for place in range(3))
     mixed = b.permute(b.attention(query, key, value, scale=0.125), [0, 2, 1, 3])
     joined = b.call(aten("reshape.default"), (mixed, [1, -1, width]))
     x = b.add(x, linear(b, joined, dtype, width, width))
-    grown = b.gelu(linear(b, norms(width, 1)(b, x, dtype), dtype, 4 * width, width))
+    grown = b.gelu(linear(b, norm(width)(b, x, dtype), dtype, 4 * width, width))
     return b.add(x, linear(b, grown, dtype, width, 4 * width))
 
 
@@ -197,32 +196,26 @@ def linear(b: Builder, x: Node, dtype: str, to: int, width: int) -> Node:
 
 def residual(b: Builder, x: Node, dtype: str) -> Node:
     """Two 3x3 convolutions, each with a norm, around which the input is added."""
-    y = b.relu(batch_norms(RESIDUAL_WIDTH, 1)(b, convolutions(RESIDUAL_WIDTH, 3, 1, 1)(b, x, dtype), dtype))
-    y = batch_norms(RESIDUAL_WIDTH, 1)(b, convolutions(RESIDUAL_WIDTH, 3, 1, 1)(b, y, dtype), dtype)
+    y = b.relu(batch_norm(RESIDUAL_WIDTH)(b, convolution(RESIDUAL_WIDTH, 3, 1)(b, x, dtype), dtype))
+    y = batch_norm(RESIDUAL_WIDTH)(b, convolution(RESIDUAL_WIDTH, 3, 1)(b, y, dtype), dtype)
     return b.relu(b.add(x, y))
 
 
 def separable(b: Builder, x: Node, dtype: str) -> Node:
     """A pointwise convolution that widens, a depthwise one and a pointwise one that narrows, each with a norm; the input is added."""
     wide = 4 * SEPARABLE_WIDTH
-    y = b.relu(batch_norms(wide, 1)(b, pointwise(b, x, dtype, wide, SEPARABLE_WIDTH), dtype))
-    y = b.relu(batch_norms(wide, 1)(b, convolutions(wide, 3, wide, 1)(b, y, dtype), dtype))
-    return b.add(x, batch_norms(SEPARABLE_WIDTH, 1)(b, pointwise(b, y, dtype, SEPARABLE_WIDTH, wide), dtype))
+    y = b.relu(batch_norm(wide)(b, pointwise(b, x, dtype, wide, SEPARABLE_WIDTH), dtype))
+    y = b.relu(batch_norm(wide)(b, convolution(wide, 3, wide)(b, y, dtype), dtype))
+    return b.add(x, batch_norm(SEPARABLE_WIDTH)(b, pointwise(b, y, dtype, SEPARABLE_WIDTH, wide), dtype))
 
 
 def pointwise(b: Builder, x: Node, dtype: str, to: int, channels: int) -> Node:
     return b.convolution(x, weight(b, "k", dtype, to, channels, 1, 1), weight(b, "b", dtype, to), [1, 1], [0, 0], [1, 1], 1)
 
 
-def tiny_chain(count: int) -> Body:
-    """So many nodes that do next to nothing, which no runtime fuses into one."""
-
-    def body(b: Builder, x: Node, dtype: str) -> Node:
-        for place in range(count):
-            x = b.softmax(x, -1) if place % 2 else linears(TINY, 1)(b, x, dtype)
-        return x
-
-    return body
+def tiny_pair(b: Builder, x: Node, dtype: str) -> Node:
+    """Two nodes that do next to nothing, which no runtime fuses into one."""
+    return b.softmax(square(TINY)(b, x, dtype), -1)
 
 
 def lookup(b: Builder, x: Node, dtype: str) -> Node:
@@ -243,33 +236,33 @@ def joined(b: Builder, x: Node, dtype: str) -> Node:
 
 BATCH, HEADS, TOKENS = 4, 6, 128
 WARM_WIDTH, WARM_COUNT = 384, 12  # weights of 7 MB at f32: together more than a core's own cache, each less
-TINY, TINY_ROWS, TINY_COUNT = 8, 2, 32
+TINY, TINY_ROWS, TINY_PAIRS = 8, 2, 16
 NARROW, NARROW_COUNT, NARROW_ROWS = 64, 4, 4096
 CONVOLVED, CONVOLVED_POSITIONS, NORMED_COUNT = 32, 8 * 28 * 28, 4
 BLOCK_WIDTH, RESIDUAL_WIDTH, SEPARABLE_WIDTH = 384, 64, 32
 LINEAR = tuple(
-    Probe(f"linear{width}x{count}", "matrix", linears(width, count), (width,), rows, count)
+    Probe(f"linear{width}x{count}", "matrix", square(width), (width,), rows, count)
     for width, count, rows in (
         (32, 4, (1, 32, 1024)), (128, 4, (1, 16, 128, 1024)), (384, 4, (1, 8, 32, 64, 128, 256, 1024)), (1024, 2, (1, 8, 64, 256)),
     )
 )  # fmt: skip
 ATTENTION = (
-    Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2, idle_rows=1),
+    Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2, idle_rows=1, quick=False),
     Probe("attention4", "attention", attentions(), (BATCH, HEADS, 64), (32, 128, 256), axis=2, idle_rows=1),
     Probe("packed4", "packed", packed_attention, (BATCH, 3 * HEADS * 64), (TOKENS,), axis=1, idle_rows=1, half=False),
     Probe("causal4", "attention.causal", attentions(True), (BATCH, HEADS, 64), (TOKENS, 256), axis=2, idle_rows=1),
     Probe("attention_long", "attention", attentions(), (1, HEADS, 64), (2048,), axis=2, idle_rows=1, quick=False),
 )
 CONVOLUTION = tuple(
-    Probe(f"{curve}{channels}", curve, convolutions(channels, taps, channels if depthwise else 1, count), (channels, side, side), rows, count)
+    Probe(f"{curve}{channels}", curve, convolution(channels, taps, channels if depthwise else 1), (channels, side, side), rows, count, quick=quick)
     for curve, taps, depthwise in (
         ("convolution", 3, False), ("convolution.pointwise", 1, False), ("convolution.depthwise", 3, True),
     )
-    for channels, side, count, rows in ((32, 28, 4, (1, 8)), (128, 14, 4, (1, 4)), (96, 56, 3, (1,)))
+    for channels, side, count, rows, quick in ((32, 28, 4, (1, 8), True), (128, 14, 4, (1, 4), True), (96, 56, 3, (1,), False))
 )  # fmt: skip
 ROWS = (
-    Probe("layer_norm", "layer_norm", norms(384, 3), (384,), (8, 197, 1576), 3, serves=("row",)),
-    Probe("softmax", "softmax", repeated("softmax", 3, -1), (HEADS, 128), (8, 256, 1024), 3, half=False),
+    Probe("layer_norm", "layer_norm", norm(384), (384,), (8, 197, 1576), 3, serves=("row",)),
+    Probe("softmax", "softmax", applied("softmax", -1), (HEADS, 128), (8, 256, 1024), 3, half=False),
     Probe("mean", "mean", lambda b, x, dtype: b.mean(x, [-1], True), (384,), (16, 1576), serves=("reduce",), half=False),
 )
 POINTWISE = (
@@ -277,14 +270,14 @@ POINTWISE = (
     Probe("add_out", "add_out", sums, (384,), (1576,), narrowed=False, half=False),
     Probe("add_chain", "chain", sum_chain, (384,), (1576,), half=False),
     Probe("add_norm", "add_norm", norm_of_sum, (384,), (1576,), half=False),
-    Probe("narrow", "matrix", linears(NARROW, NARROW_COUNT), (NARROW,), (NARROW_ROWS,), NARROW_COUNT, half=False),
+    Probe("narrow", "matrix", square(NARROW), (NARROW,), (NARROW_ROWS,), NARROW_COUNT, half=False),
     Probe("linear_add", "linear_add", linear_and_sum, (NARROW,), (NARROW_ROWS,), half=False),
-    Probe("batch_norm", "batch_norm", batch_norms(32, 2), (32, 28, 28), (1, 8), 2),
+    Probe("batch_norm", "batch_norm", batch_norm(32), (32, 28, 28), (1, 8), 2),
     Probe("convolution_norm", "convolution_norm", convolution_and_norm, (CONVOLVED, 28, 28), (8,), half=False),
-    Probe("gelu", "gelu", repeated("gelu", 2), (384,), (8, 197, 1576), 2),
-    Probe("tanh", "tanh", repeated("tanh", 2), (384,), (197, 1576), 2, serves=("erf",), half=False),
-    Probe("silu", "silu", repeated("silu", 2), (384,), (197, 1576), 2, serves=("sigmoid", "softplus"), half=False),
-    Probe("exp", "exp", repeated("exp", 2), (384,), (197, 1576), 2, serves=("log", "cos", "sin"), half=False, quick=False),
+    Probe("gelu", "gelu", applied("gelu"), (384,), (8, 197, 1576), 2),
+    Probe("tanh", "tanh", applied("tanh"), (384,), (197, 1576), 2, serves=("erf",), half=False),
+    Probe("silu", "silu", applied("silu"), (384,), (197, 1576), 2, serves=("sigmoid", "softplus"), half=False),
+    Probe("exp", "exp", applied("exp"), (384,), (197, 1576), 2, serves=("log", "cos", "sin"), half=False, quick=False),
 )
 MOVES = (
     Probe(
@@ -299,16 +292,16 @@ MOVES = (
     Probe("cat", "copy", joined, (TOKENS, 384), (1, 8), half=False),
     Probe("embedding", "gather", lookup, (TOKENS,), (1, 8), integers=4096, half=False),
 )  # fmt: skip
-WARM = (Probe("warm", "warm", linears(WARM_WIDTH, WARM_COUNT), (WARM_WIDTH,), (1, 64), WARM_COUNT, half=False),)
+WARM = (Probe("warm", "warm", square(WARM_WIDTH), (WARM_WIDTH,), (1, 64), WARM_COUNT, half=False),)
 WHOLES = (
     Probe("block", "block", block, (1, BLOCK_WIDTH), (16, 512), axis=1, is_whole=True),
     Probe("residual", "residual", residual, (RESIDUAL_WIDTH, 28, 28), (4,), is_whole=True),
     Probe("separable", "separable", separable, (SEPARABLE_WIDTH, 28, 28), (4,), is_whole=True),
 )
 PROBES = (*LINEAR, *WARM, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
-DISPATCH = Probe("dispatch", "dispatch", tiny_chain(TINY_COUNT), (TINY,), (TINY_ROWS,), TINY_COUNT, idle_rows=TINY_ROWS)
+DISPATCH = Probe("dispatch", "dispatch", tiny_pair, (TINY,), (TINY_ROWS,), TINY_PAIRS, idle_rows=TINY_ROWS, ops=2)
 GPU_PROBES = (
-    Probe("linear4096", "matrix", linears(4096, 1), (4096,), (1, 128, 8192)),
+    Probe("linear4096", "matrix", square(4096), (4096,), (1, 128, 8192)),
     Probe("add_long", "elementwise", sums, (4096,), (4096, 65536)),
 )
 COLD_WIDTH = 1024
@@ -318,7 +311,7 @@ COLD_ROWS = (1, 32)
 def cold_probe(nbytes: float, dtype: str) -> Probe:
     """Linears of more weights together than a cache of nbytes holds."""
     count = max(2, math.ceil(1.5 * nbytes / (COLD_WIDTH**2 * DTYPES[dtype].itemsize)))
-    return Probe("cold", "cold", linears(COLD_WIDTH, count), (COLD_WIDTH,), COLD_ROWS, count)
+    return Probe("cold", "cold", square(COLD_WIDTH), (COLD_WIDTH,), COLD_ROWS, count)
 
 
 def panel(probes: tuple[Probe, ...], dtype: str, widen: bool, rows: int | None = None) -> Graph:
@@ -352,7 +345,9 @@ def _input_dtype(probe: Probe, dtype: str, widen: bool) -> str:
     return "f32" if widen else dtype
 
 
+@cache
 def static_graph(probe: Probe, rows: int, dtype: str) -> Graph:
-    """The probe's chain alone at so many rows, for its formulas; nothing runs."""
+    """One link of the probe's chain at so many rows, for its formulas; nothing runs, and constants have no values."""
     type_ = TensorType("i64" if probe.integers else dtype, probe.sizes(rows))
-    return build(probe.name, lambda b, x: probe.body(b, x, dtype), x=type_)
+    with torch.device("meta"):
+        return build(probe.name, lambda b, x: probe.link(b, x, dtype), x=type_)

@@ -119,7 +119,25 @@ def sort(op: Any, x: Any, dim: int = -1, descending: bool = False, *, stable: bo
     return op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
 
 
+def batch_norm(op: Any, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, *settings: Any) -> Any:
+    """aten.batch_norm and its native form without training, which returns two empty statistics too. Raises LoweringError for a batch's own statistics.
+
+    settings: (training, momentum, eps, cudnn_enabled), of the native form (momentum, eps).
+    """
+    is_native = len(settings) == 2
+    if None in (mean, variance) or (not is_native and settings[0]):
+        raise LoweringError("batch_norm with the statistics of its batch; the ONNX form takes kept ones, of a model in eval mode")
+    scale, shift = (
+        op.Expand(op.CastLike(op.Constant(value_float=value), x), op.Shape(mean)) if given is None else given
+        for given, value in ((weight, 1.0), (bias, 0.0))
+    )
+    found = op.BatchNormalization(x, scale, shift, mean, variance, epsilon=float(settings[1 if is_native else 2]))
+    nothing = op.Constant(value_floats=[])
+    return (found, nothing, nothing) if is_native else found
+
+
 EMITTERS: dict[str, Emitter] = {
+    "batch_norm": batch_norm,
     "attention": attention,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     "sum": total,

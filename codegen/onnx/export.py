@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,22 +116,31 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 def _exported(graph: Graph, opset: int, output_names: list[str]) -> Any:
     """torch.onnx's program. Raises LoweringError."""
     graph = _tensors_only(graph)
-    examples, dims = _examples(graph)
-    with _quiet(), _library_read_once(), uncollected(), torch.no_grad():
+    with _quiet(), uncollected(), torch.no_grad():
         try:
-            exported = torch.export.export(graph.module(), examples, dynamic_shapes=dims, strict=False)
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                optimize=True,
-                opset_version=opset,
-                verbose=False,
-                input_names=[str(node.target) for node in graph.inputs],
-                output_names=output_names,
-                custom_translation_table=translations(opset),
-            )
-        except Exception as error:  # the exporter raises many kinds; the runtime is left out with this reason
-            raise LoweringError(f"torch.onnx cannot export this graph: {_reason(error)}") from error
+            return _translated(graph, opset, output_names, sparing=True)
+        except Exception:  # a pass of the exporter's may bring ops in that the program did not have
+            try:
+                return _translated(graph, opset, output_names, sparing=False)
+            except Exception as error:  # the exporter raises many kinds; the runtime is left out with this reason
+                raise LoweringError(f"torch.onnx cannot export this graph: {_reason(error)}") from error
+
+
+def _translated(graph: Graph, opset: int, output_names: list[str], *, sparing: bool) -> Any:
+    """The graph exported and translated. sparing: see _spared."""
+    examples, dims = _examples(graph)
+    exported = torch.export.export(graph.module(), examples, dynamic_shapes=dims, strict=False)
+    with _spared(exported) if sparing else nullcontext():
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            optimize=True,
+            opset_version=opset,
+            verbose=False,
+            input_names=[str(node.target) for node in graph.inputs],
+            output_names=output_names,
+            custom_translation_table=translations(opset),
+        )
     assert program is not None  # export without a file returns the program
     return program
 
@@ -224,23 +234,35 @@ def _reason(error: BaseException) -> str:
 
 
 _LIBRARY: list[Any] = []  # the exporter's translations, which are the same for every model
+_ONE_AT_A_TIME = threading.Lock()  # the exporter looks its translations up in a module, of which there is one
 
 
 @contextmanager
-def _library_read_once() -> Iterator[None]:
-    """The exporter parses the sources of its 500 translations anew for each model: 0.4 s, more than all else for a small one."""
+def _spared(exported: torch.export.ExportedProgram) -> Iterator[None]:
+    """Spare the exporter what it does for every model, most of its time for a small one: it parses its 500 translations, builds the signature of
+    each, and traces the program anew to decompose what none translates. Here they are parsed once, a program gets those of its own ops, and is
+    traced again only if it has an op that they lack.
+    """
     try:
         reader: Any = importlib.import_module("torch.onnx._internal._lazy_import").onnxscript_apis
-    except (ImportError, AttributeError):  # a torch that is arranged in another way reads them each time
+        _LIBRARY[:] = _LIBRARY or reader.get_torchlib_ops()
+        names = {each.qualified_name for each in _LIBRARY}
+    except (ImportError, AttributeError):  # a torch that is arranged in another way does all of it
         yield
         return
-    if not _LIBRARY:
-        _LIBRARY.extend(reader.get_torchlib_ops())
-    reader.get_torchlib_ops = lambda: list(_LIBRARY)  # found before the one of the module that this stands for
-    try:
-        yield
-    finally:
-        vars(reader).pop("get_torchlib_ops", None)  # another thread's export may have ended first
+    ours = {target for row in OPS.values() if isinstance(row.onnx, str) and row.onnx in EMITTERS for target in row.targets}
+    targets = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    needed = {target.name() for target in targets if isinstance(target, torch._ops.OpOverload) and target not in ours}
+    chosen = list(_LIBRARY)
+    if needed <= names:
+        chosen = [each for each in chosen if each.qualified_name in needed or not each.qualified_name.startswith("aten::")]
+        vars(exported)["run_decompositions"] = lambda table=None: exported
+    with _ONE_AT_A_TIME:
+        reader.get_torchlib_ops = lambda: chosen  # found before the one of the module that this stands for
+        try:
+            yield
+        finally:
+            del reader.get_torchlib_ops
 
 
 @contextmanager

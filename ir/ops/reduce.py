@@ -33,7 +33,7 @@ _row("safe_softmax", "_safe_softmax.default", "softmax", per_element(5), "Softma
 _row("layer_norm", "layer_norm.default", "last_axis", NORM, "LayerNormalization")
 _row("rms_norm", "rms_norm.default", "last_axis", RMS_NORM, "RMSNormalization")
 _row("group_norm", "group_norm.default", "spatial", NORM, "GroupNormalization")
-_row("batch_norm", "batch_norm.default _native_batch_norm_legit_no_training.default", "spatial", BATCH_NORM, "BatchNormalization")
+_row("batch_norm", "batch_norm.default _native_batch_norm_legit_no_training.default", "spatial", BATCH_NORM, "batch_norm")
 _row("instance_norm", "instance_norm.default", None, NORM, "InstanceNormalization")
 _row("native_layer_norm", "native_layer_norm.default", None, NORM, "LayerNormalization")
 _row("native_group_norm", "native_group_norm.default", None, NORM, "GroupNormalization")
