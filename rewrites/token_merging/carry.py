@@ -73,9 +73,9 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     rows = b.item(reduced, 0)
     fewer = restored(b, rows, value, place.layout)
     size = b.item(reduced, 1)
+    compose(graph, axes, place, b, reducer.indices)
     for node in place.downstream:
         node.replace_input_with(value, fewer)
-    compose(graph, axes, place, b, reducer.indices)
     seams = open_seams(graph, place)
     merge_companions(graph, axes, place, b, reducer.weights)
     if not _is_silent(reduced):
