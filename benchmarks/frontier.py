@@ -3,7 +3,7 @@
     python benchmarks/frontier.py                    # writes benchmarks/results/frontier.json and .md, and docs/frontier.png
     python benchmarks/frontier.py --models minilm --samples 400 --rounds 5
 
-Each rule takes the same share of the tokens after every layer, at each of `SHARES`; the selection finds a number for each layer, on its own data, with
+Each rule takes the same step after every layer, in all a share of the tokens at each of `TOTALS`; the selection finds a number for each layer, on its own data, with
 `tome` alone and with all rules of the family. All plans of a model run on ONNX Runtime at f32 and in one race with an A/A row, so their speeds
 can be compared. Drops are paired with the original on the same samples, with half widths of 95 % intervals.
 """
@@ -44,11 +44,11 @@ from paretorch.settle import settle_exact
 from paretorch.stages import Stages
 
 RUNTIME = "onnxruntime"
-SHARES = (0.02, 0.04, 0.08, 0.12)  # of the tokens of the model, in every layer
+TOTALS = (0.3, 0.6, 0.9, 1.2)  # of the tokens of the model, over its layers: of the last, late layers have none left to take
 PROGRESSIVE = ("tome", "pitome", "tofu", "evit", "divprune")  # those with a step after each attention
 WAYS = {"selected tome": ("tome",), "selected": PROGRESSIVE}
 SELECTED = 4  # plans of a selection's frontier that are measured
-EVALUATIONS = 30
+EVALUATIONS = 24
 SAMPLES, RANKING = 2_000, 3_000  # that no search sees; of which the search ranks on a sixth
 ROUNDS = 15
 ORIGINAL = "original"
@@ -111,6 +111,20 @@ def minilm(samples: int, length: int = 64) -> Subject:
     return classified(workload.classifier(), data[0][0], data, samples, 0.04)
 
 
+def similarity(_: int, length: int = 256) -> Subject:
+    """MiniLM's embeddings of documents: the selection ranks on how far those of 296 texts drift, the table correlates with ratings of 50 others."""
+    from benchmarks.workloads import minilm as workload
+
+    ids, mask = workload.encode(workload.documents("lee_background.cor"), length)
+    batches = [(ids[i : i + workload.BATCH], mask[i : i + workload.BATCH]) for i in range(0, len(ids) - workload.BATCH + 1, workload.BATCH)]
+    ranking = [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches]
+
+    def scores(run: Run) -> Tensor:
+        return workload.lee_scores(run, length)
+
+    return Subject(workload.embedder(), batches[0], Budget(drift=0.2, measure="cosine"), ranking, scores, "correlation of 1,225 pairs")
+
+
 def whisper(_: int) -> Subject:
     """Whisper tiny.en's encoder, 1,500 tokens; 11 clips: the selection ranks on divergences, the table counts words."""
     from benchmarks.workloads import whisper as workload
@@ -133,6 +147,7 @@ MODELS: dict[str, Callable[[int], Subject]] = {
     "DINOv2-S, 122 tokens": lambda samples: dinov2(samples // 2),
     "DINOv2-S, 257 tokens": lambda samples: dinov2(samples // 4, 224),
     "MiniLM, 64 tokens": minilm,
+    "MiniLM similarity, 256 tokens": similarity,
     "Whisper tiny.en encoder, 1,500 tokens": whisper,
 }
 
@@ -150,15 +165,15 @@ def opened(subject: Subject) -> tuple[Session, list[Candidate]]:
 
 
 def constant(session: Session, candidates: Sequence[Candidate]) -> dict[str, Graph]:
-    """Plans by name: each form of each rule with the same step in every layer, at the shares of `SHARES` or what of its knob is nearest."""
+    """Plans by name: each form of each rule with the same step in every layer, at `TOTALS` or what of its knob is nearest."""
     found: dict[str, Graph] = {}
     sites: dict[tuple[str, int], list[Candidate]] = {}
     for candidate in candidates:
         earlier = sum(1 for (name, form) in sites if name == candidate.rule.name and candidate.site.name in _names(sites[name, form]))
         sites.setdefault((candidate.rule.name, earlier), []).append(candidate)
     for (name, form), places in sites.items():
-        for share in SHARES:
-            knob = _knob(places[0], share, _tokens(session.exact, places[0]))
+        for total in TOTALS:
+            knob = _knob(places[0], total / len(places), _tokens(session.exact, places[0]))
             graph = session.exact
             for place in places:
                 try:
