@@ -28,6 +28,7 @@ from paretorch.fusion import RUNTIME, Fusion
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
+from paretorch.ir.ops import is_op
 from paretorch.ir.protocols import Cost, Executable
 from paretorch.judge import FIRST_LOOK, Judge, drift_of
 from paretorch.ledger import Entry, Ledger
@@ -43,6 +44,7 @@ ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # 
 MAX_EVALUATIONS = 48
 KEPT_GRAPHS = 64
 REDUCED_ROUNDS = 5
+FULL = ""  # the precision that models come in
 OUTPUTS_KEPT = 1e9  # bytes of outputs that an executor may send back before they are scored
 MEMORY_SLACK = 1.02  # liveness is counted at tensors; alignment and scratch space are not
 
@@ -69,7 +71,7 @@ class Session:
     exact_rules: list[str] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     judged: dict[tuple[Choice, ...], tuple[Contender, Drop] | None] = field(default_factory=dict)  # held-out results, by plan
-    anchors: dict[tuple[str, bool], float] = field(default_factory=dict)  # by runtime and whether values are in half precision
+    anchors: dict[tuple[str, str], float] = field(default_factory=dict)  # by runtime and `precision_of`
     kept: Evidence = field(default_factory=lambda: Evidence(None))  # of ranking data, from this search and earlier ones
     exact: Graph = field(init=False)
     exact_result: Any = None  # the Optimized of the exact plan, what `choose` falls back to
@@ -116,7 +118,7 @@ class Session:
 
     def predicted(self, graph: Graph, runtime: str, weights: int | None = None) -> float:
         """Predicted seconds on one runtime, corrected by what this very model measured there, if it did. weights: as for `Prices.graph_cost`."""
-        return self.cost(graph, runtime, weights).seconds * self._anchor(runtime, is_reduced(graph))
+        return self.cost(graph, runtime, weights).seconds * self._anchor(runtime, precision_of(graph))
 
     def cost(self, graph: Graph, runtime: str, weights: int | None = None) -> Cost:
         """Predicted cost of one call; on the Triton runtime that of its planned regions."""
@@ -127,10 +129,11 @@ class Session:
         """What plans the regions that run as generated kernels."""
         return Fusion(self.prices)
 
-    def _anchor(self, runtime: str, reduced: bool) -> float:
-        """Measured over predicted seconds of this model there; else at the other precision, or where that runtime's rates come from."""
+    def _anchor(self, runtime: str, precision: str) -> float:
+        """Measured over predicted seconds of this model there; else at a part of its precisions, or where that runtime's rates come from."""
         base = DERIVED.get(runtime, runtime)
-        keys = ((runtime, reduced), (base, reduced), (runtime, False), (base, False))
+        forms = (precision, *reversed(precision.split(" and ")), FULL)
+        keys = [(name, form) for form in forms for name in (runtime, base)]
         return next((self.anchors[key] for key in keys if key in self.anchors), 1.0)
 
     def price(self, graph: Graph, weights: int | None = None) -> tuple[float, str]:
@@ -314,32 +317,41 @@ class Session:
             return str(error)
 
     def measure_reduced(self, candidates: Sequence[Candidate]) -> None:
-        """Time the whole model in reduced precision, where that is offered: the rates of single products say little about a runtime's casts."""
-        offered = next((c for c in candidates if c.rule.family == "precision" and c.site.name == MODEL), None)
-        if offered is None or not self.target.is_here:
+        """Time the whole model in each reduced precision that is offered: the rates of single products say little about a runtime's casts."""
+        if not self.target.is_here:
             return
-        try:
-            graph = self.apply((Choice(offered.rule.name, MODEL, offered.knobs[-1]),))
-        except PlanError:
+        forms = {}
+        for offered in (c for c in candidates if c.rule.family == "precision" and c.site.name == MODEL):
+            try:
+                forms[offered.rule.name] = self.apply((Choice(offered.rule.name, MODEL, offered.knobs[-1]),))
+            except PlanError:
+                continue
+        if not forms:
             return
-        able = [name for name in self.runtimes if name not in SLOW_TO_COMPILE and self.lowering.runtimes[name].refuses(graph) is None]
         with self.stages("lower"):
-            predicted = {("reduced", name): self.cost(graph, name).seconds for name in able}
-            entered = contenders(self.lowering, {"reduced": graph}, predicted)
+            able = [name for name in self.runtimes if name not in SLOW_TO_COMPILE]
+            predicted = {
+                (form, name): self.cost(graph, name).seconds
+                for form, graph in forms.items() for name in able if self.lowering.runtimes[name].refuses(graph) is None
+            }  # fmt: skip
+            entered = contenders(self.lowering, forms, predicted)
+        if not entered:
+            return
         with self.stages("measure"):
             measured = run_race(entered, self.program.example, None, self.seed, REDUCED_ROUNDS)
         for contender in entered:
-            self.anchors[contender.runtime, True] = measured[contender.label].seconds / contender.predicted
+            self.anchors[contender.runtime, precision_of(contender.graph)] = measured[contender.label].seconds / contender.predicted
 
     def _record(self, verdict: str, choice: Choice, reason: str, saved: float | None, drift: float | None) -> None:
         family = next((rule.family for rule in self.rules if rule.name == choice.rule), "")
         self.ledger.add(Entry(choice.rule, family, choice.site, verdict, reason, choice.knob, saved, drift))
 
 
-def is_reduced(graph: Graph) -> bool:
-    """Whether any value of the graph has half precision."""
-    half = (torch.bfloat16, torch.float16)
-    return any(isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dtype in half for node in graph.calls)
+def precision_of(graph: Graph) -> str:
+    """Which fewer bits a graph computes in, FULL if none: measured over predicted seconds differ by it."""
+    values = [node.meta["val"].dtype for node in graph.calls if isinstance(node.meta.get("val"), torch.Tensor)]
+    half = "half" if torch.bfloat16 in values or torch.float16 in values else FULL
+    return " and ".join(part for part in ("int8" if any(is_op(node, "int8_linear") for node in graph.calls) else "", half) if part)
 
 
 def open_session(

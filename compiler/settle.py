@@ -21,7 +21,7 @@ from paretorch.optimized import Optimized
 from paretorch.plan import WITHOUT_WEIGHTS, Choice, Plan
 from paretorch.report import Report
 from paretorch.search import Point
-from paretorch.session import Session, is_reduced
+from paretorch.session import Session, precision_of
 
 ANCHOR_ROUNDS = 8
 LARGE_WEIGHTS = 500e6  # bytes of weights beyond which only one form of the graph is compiled: each runtime keeps a copy or two
@@ -205,7 +205,7 @@ def _anchor(session: Session, entered: Sequence[Contender], measured: dict[str, 
     for contender in entered:
         if contender.variant != "normalized" or not session.exact_rules:
             plain = session.cost(contender.graph, contender.runtime).seconds
-            session.anchors[contender.runtime, is_reduced(contender.graph)] = measured[contender.label].seconds / plain
+            session.anchors[contender.runtime, precision_of(contender.graph)] = measured[contender.label].seconds / plain
 
 
 def _is_slower(ours: Measurement, other: Measurement) -> bool:

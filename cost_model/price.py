@@ -103,7 +103,7 @@ class Prices:
         return self._known[key]
 
     def _price(self, node: Node, context: _Context, fused: tuple[str, ...]) -> Cost:
-        if is_defined(node):
+        if is_defined(node) and not self._has_curve(node, context.runtime):
             key = (key_of(node), context)
             if key not in self._known:
                 calls = [call for call, varies in calls_of(node) if varies or context.runtime in COMPUTES_CONSTANTS]
@@ -122,6 +122,11 @@ class Prices:
         scale = _scale(node, work, rates)
         seconds = (_seconds(work, rates) * scale + rates.launch_s) * share + cold
         return Cost(seconds, work.flops, work.bytes_moved * share, share)
+
+    def _has_curve(self, node: Node, runtime: str) -> bool:
+        """Whether the op of this call was measured by itself there."""
+        op = op_of(node)
+        return op is not None and op.name in self.rates(runtime, "f32").curves
 
 
 def _scale(node: Node, work: Work, rates: Rates) -> float:

@@ -20,6 +20,7 @@ from torch.fx import Node
 from paretorch.ir.builder import Builder, build
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import aten
+from paretorch.ir.ops.quantized import quantized
 from paretorch.ir.types import DTYPES, TensorType
 
 Body = Callable[[Builder, Node, str], Node]
@@ -90,11 +91,30 @@ def _values(seed: int, shape: tuple[int, ...], dtype: str) -> Tensor:
 def forget_values() -> None:
     """Free the values of constants, which graphs share."""
     _values.cache_clear()
+    _integers.cache_clear()
 
 
 def square(width: int) -> Body:
     """A linear that keeps the width, with weights of its own."""
     return lambda b, x, dtype: linear(b, x, dtype, width, width)
+
+
+def int8_square(width: int) -> Body:
+    """A linear that keeps the width, with weights of eight bits."""
+
+    def link(b: Builder, x: Node, dtype: str) -> Node:
+        values, scale = (value.to(torch.get_default_device()) for value in _integers(width))
+        number = len(b.graph.constants)
+        held = b.constant(f"q_{number}", values), b.constant(f"s_{number}", scale)
+        return b.int8_linear(x, *held, weight(b, "b", dtype, width))
+
+    return link
+
+
+@cache
+def _integers(width: int) -> tuple[Tensor, Tensor]:
+    """Weights i8[width, width] and their scales."""
+    return quantized(_values(0, (width, width), "f32"))
 
 
 def attentions(causal: bool = False) -> Body:
@@ -246,6 +266,10 @@ LINEAR = tuple(
         (32, 4, (1, 32, 1024)), (128, 4, (1, 16, 128, 1024)), (384, 4, (1, 8, 32, 64, 128, 256, 1024)), (1024, 2, (1, 8, 64, 256)),
     )
 )  # fmt: skip
+INT8 = tuple(
+    Probe(f"int8_{width}x{count}", "int8_linear", int8_square(width), (width,), rows, count, half=False)
+    for width, count, rows in ((384, 3, (1, 64, 1024)), (1024, 2, (1, 64)))
+)
 ATTENTION = (
     Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2, idle_rows=1, quick=False),
     Probe("attention4", "attention", attentions(), (BATCH, HEADS, 64), (32, 128, 256), axis=2, idle_rows=1),
@@ -298,7 +322,7 @@ WHOLES = (
     Probe("residual", "residual", residual, (RESIDUAL_WIDTH, 28, 28), (4,), is_whole=True),
     Probe("separable", "separable", separable, (SEPARABLE_WIDTH, 28, 28), (4,), is_whole=True),
 )
-PROBES = (*LINEAR, *WARM, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
+PROBES = (*LINEAR, *WARM, *INT8, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
 DISPATCH = Probe("dispatch", "dispatch", tiny_pair, (TINY,), (TINY_ROWS,), TINY_PAIRS, idle_rows=TINY_ROWS, ops=2)
 GPU_PROBES = (
     Probe("linear4096", "matrix", square(4096), (4096,), (1, 128, 8192)),

@@ -111,7 +111,8 @@ def work_of(node: Node) -> Work:
     moved, flops = number(op.bytes(node), node), number(op.flops(node), node)
     if op.kind in RATED_BY_FLOPS:
         at, kinds = PLACES[op.kind](node, flops)
-        return Work((*kinds, op.name), at, flops, moved, dtype, constants)
+        names = (*kinds, op.name) if op.kind != "matrix" else (op.name, *kinds)  # some products have a curve of their own
+        return Work(names, at, flops, moved, dtype, constants)
     if op.kind == "view":
         moved = 2 * sum(prod(sizes(node, value)) * value.dtype.itemsize for value in tensor_values(node))
     return Work((op.name, op.kind), (moved,), flops, moved, dtype, constants)

@@ -1,6 +1,6 @@
 """Fewer bits."""
 
-from paretorch.rewrites.precision import bf16
+from paretorch.rewrites.precision import bf16, int8
 from paretorch.rewrites.rule import Rule
 
-RULES: tuple[Rule, ...] = (bf16.RULE,)
+RULES: tuple[Rule, ...] = (int8.RULE, bf16.RULE)  # what stays in f32 beside integers may still be cast

@@ -32,7 +32,7 @@ from paretorch.rewrites.rule import MODEL, SPAN, Knob, Lossy, Refusal, Rule, Sit
 NAME = "bf16"
 PRODUCTS = ("matrix", "convolution", "attention")
 AS_THEY_ARE = (*TOKEN_OPS, "getitem", "to")  # ops that keep f32 beside bf16
-KEPT = ("key_bias", "size")  # operands that stay f32
+KEPT = ("key_bias", "size", "scale")  # operands that stay f32
 LOWEST = float(torch.finfo(torch.bfloat16).min)
 
 _HALVES = WeakTensorKeyDictionary()
@@ -67,7 +67,7 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
     if SPAN in site.name:
         region = next((set(part) for part in _parts(region) if part[0].name == site.parts[0]), set())
     elif site.name != MODEL:
-        region = _block(graph, site) & region
+        region = block_of(graph, site) & region
     if not region:
         raise PlanError(f"{NAME}: no f32 region is named {site.name} here; an earlier rewrite took it out")
     region |= _between(graph, region)
@@ -130,7 +130,7 @@ def _parts(region: set[Node]) -> list[list[Node]]:
     return sorted((part for part in parts if any(_is_product(node) for node in part)), key=lambda part: part[0])
 
 
-def _block(graph: Graph, site: Site) -> set[Node]:
+def block_of(graph: Graph, site: Site) -> set[Node]:
     """The nodes between the two stream values that a block's name holds. Empty if one of them is gone."""
     before, after = graph.node(site.parts[0]), graph.node(site.parts[-1])
     if before is None or after is None or before is after:

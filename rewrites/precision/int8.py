@@ -1,0 +1,88 @@
+"""Keep the weights of linears as eight-bit integers with a scale for each output.
+
+y = linear(x, W, bias)  ->  y = int8_linear(x, round(W / s), s, bias),  s = max |W| of each row / 127
+
+Lossy: weights are rounded to 1/127 of the largest in their row; runtimes that multiply integers round x in the same way, which the held-out data
+sees, as it is run there. A quarter of the bytes of weights, which is what a product of few rows waits for, and on processors with eight-bit dot
+products several times the rate. The site "model" is every linear, the others are those of each block of the residual stream; linears of fewer
+than LEAST weights stay. A weight that something else reads as well, such as a table of embeddings, stays beside its integers.
+Source: Dettmers et al. 2022, arXiv:2208.07339 (without its outlier columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from paretorch.ir.analyze import Facts
+from paretorch.ir.builder import Builder
+from paretorch.ir.errors import PlanError
+from paretorch.ir.graph import Graph, arguments, origin_of
+from paretorch.ir.ops import is_op
+from paretorch.ir.ops.quantized import quantized
+from paretorch.rewrites.example_models import Sizes, transformer
+from paretorch.rewrites.precision.bf16 import block_of
+from paretorch.rewrites.rule import MODEL, Knob, Lossy, Refusal, Rule, Site
+
+NAME = "int8"
+LEAST = 256  # weights below which rounding the input costs what it saves
+
+_ROUNDED = WeakTensorKeyDictionary()
+
+
+def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
+    """The whole model, and each block of a residual stream that holds a linear with weights of f32."""
+    found = {node.name for node in graph.calls if _weight(graph, node) is not None}
+    if not found:
+        linears = sum(1 for node in graph.calls if is_op(node, "linear"))
+        yield Refusal(NAME, MODEL, f"none of its {linears} linears has constant weights in f32, {LEAST} of them at least")
+        return
+    yield Site(MODEL, "everything")
+    by_name = {node.name: node for node in graph.nodes}
+    for stream in facts.streams:
+        for block in stream.blocks:
+            if found.intersection(block.nodes):
+                yield Site(block.name, origin_of(by_name[block.after]).path)
+
+
+def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
+    """knob: "f32" or "int8". Raises PlanError if no linear is left there."""
+    if knob != "int8":
+        return graph
+    graph = graph.copy()
+    region = set(graph.calls) if site.name == MODEL else block_of(graph, site)
+    chosen = [(node, weight) for node in graph.calls if node in region and (weight := _weight(graph, node)) is not None]
+    if not chosen:
+        raise PlanError(f"{NAME}: no linear with weights of f32 is left at {site.name}; an earlier rewrite took it out")
+    for node, weight in chosen:
+        given = arguments(node)
+        if weight not in _ROUNDED:
+            _ROUNDED[weight] = quantized(weight.detach())
+        values, scale = _ROUNDED[weight]
+        b, name = Builder(graph, node, origin=origin_of(node), rule=NAME, site=site.name), given["weight"].target
+        constants = b.constant(f"{name}_int8", values), b.constant(f"{name}_scale", scale)
+        graph.replace(node, b.int8_linear(given["input"], *constants, given["bias"]))
+    return graph.clean()
+
+
+def _weight(graph: Graph, node: Node) -> Tensor | None:
+    """The constant f32 weights of a linear that has enough of them."""
+    if not is_op(node, "linear"):
+        return None
+    held = graph.constant(arguments(node)["weight"])
+    fits = held is not None and held.dtype == torch.float32 and held.dim() == 2 and held.numel() >= LEAST
+    return held if fits and node.meta["val"].dtype == torch.float32 else None
+
+
+def example(batch: int = 2, tokens: int = 9) -> Graph:
+    return transformer(Sizes(batch, tokens, width=16))
+
+
+RULE = Rule(
+    name=NAME, family="precision", effect=Lossy(knob="dtype", values=("f32", "int8")), saves=("bytes", "memory"),
+    source="arXiv:2208.07339", example=example, sites=sites, rewrite=rewrite,
+)  # fmt: skip
