@@ -125,7 +125,15 @@ def int8_linear(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None) -> A
     Measured 2026-11-22, AMD EPYC with AVX-512 VNNI, two threads, f32[1,640] with i8[65536,640]: 4.0 times faster than in f32 on ONNX Runtime, 3.5
     times on OpenVINO; f32[512,384] with i8[1536,384]: 1.2 and 2.2 times.
     """
-    wide = op.Transpose(op.DequantizeLinear(weight, scale, axis=0), perm=[1, 0])
+    groups, width = int(scale.shape[1]), int(weight.shape[1])
+    values, scales = op.Transpose(weight, perm=[1, 0]), op.Transpose(scale, perm=[1, 0])
+    if groups == 1:
+        wide = op.DequantizeLinear(values, op.Squeeze(scales, op.Constant(value_ints=[0])), axis=1)
+    elif op.version >= 21:
+        wide = op.DequantizeLinear(values, scales, axis=0, block_size=width // groups)
+    else:
+        split = op.Reshape(op.CastLike(values, scales), op.Constant(value_ints=[groups, width // groups, -1]))
+        wide = op.Reshape(op.Mul(split, op.Unsqueeze(scales, op.Constant(value_ints=[1]))), op.Constant(value_ints=[width, -1]))
     product = op.MatMul(x, wide)
     return product if bias is None else op.Add(product, bias)
 

@@ -1,9 +1,10 @@
 """Products with weights of eight bits.
 
-int8_linear(x: T[..., K], weight: i8[N, K], scale: f32[N], bias: T[N]?) -> T[..., N], x @ (weight * scale[:, None])^T + bias
+int8_linear(x: T[..., K], weight: i8[N, K], scale: f32[N, G], bias: T[N]?) -> T[..., N], x @ W^T + bias
 
-Symmetric, one scale for each output. Runtimes that know this form multiply integers and round x to eight bits as well, each row or group of it by
-its own largest number; what that adds to the error is in the drop that a plan is accepted by, since that is measured on the runtime.
+where W[n, k] = weight[n, k] * scale[n, k // (K / G)]: symmetric, one scale for each group of a row. Runtimes that know this form multiply integers and
+round x to eight bits as well, each row or group of it by its own largest number; what that adds to the error is in the drop that a plan is
+accepted by, since that is measured on the runtime.
 """
 
 from __future__ import annotations
@@ -18,18 +19,34 @@ from paretorch.ir.ops.matrix import product_flops
 from paretorch.ir.ops.table import Missing, Op, define
 
 LARGEST = 127
+GROUPS = (64, 32, 16)  # lengths of groups that runtimes multiply fast; the first that divides a row is taken
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: T[..., K], weight: i8[N, K], scale: f32[N], bias: T[N] -> T[..., N]; torch widens the weights in each call."""
-    return F.linear(x, weight.to(x.dtype) * scale.to(x.dtype)[:, None], bias)
+    """x: T[..., K], weight: i8[N, K], scale: f32[N, G], bias: T[N] -> T[..., N]; torch widens the weights in each call."""
+    grouped = weight.to(x.dtype).reshape(weight.shape[0], scale.shape[1], -1)
+    return F.linear(x, (grouped * scale.to(x.dtype)[:, :, None]).reshape(weight.shape), bias)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """f32[N, K] -> (i8[N, K], f32[N]): each row rounded to steps of its largest number / 127; a row of zeros has a scale of one."""
-    largest = weight.abs().amax(1)
+    """f32[N, K] -> (i8[N, K], f32[N, G]): each group rounded to steps of its largest number / 127; a group of zeros has a scale of one."""
+    grouped = _grouped(weight)
+    largest = grouped.abs().amax(2)
     scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    return (grouped / scale[:, :, None]).round().to(torch.int8).reshape(weight.shape), scale
+
+
+def coarse_share(weight: Tensor) -> float:
+    """The share of groups of f32[N, K] in which one number is so large that a step is more than half of the median number."""
+    sizes = _grouped(weight).abs()
+    return float((sizes.amax(2) / LARGEST > sizes.median(2)[0] / 2).double().mean())
+
+
+def _grouped(weight: Tensor) -> Tensor:
+    """[N, K] -> [N, G, K / G], one group a row where no length of GROUPS divides it."""
+    rows, width = weight.shape
+    length = next((length for length in GROUPS if width % length == 0), width)
+    return weight.reshape(rows, -1, length)
 
 
 SCHEMAS = {"int8_linear": "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor"}

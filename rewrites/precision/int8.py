@@ -1,12 +1,13 @@
 """Keep the weights of linears as eight-bit integers with a scale for each output.
 
-y = linear(x, W, bias)  ->  y = int8_linear(x, round(W / s), s, bias),  s = max |W| of each row / 127
+y = linear(x, W, bias)  ->  y = int8_linear(x, round(W / s), s, bias),  s = max |W| of each 64 of a row / 127
 
-Lossy: weights are rounded to 1/127 of the largest in their row; runtimes that multiply integers round x in the same way, which the held-out data
+Lossy: weights are rounded to 1/127 of the largest in their group; runtimes that multiply integers round x in the same way, which the held-out data
 sees, as it is run there. A quarter of the bytes of weights, which is what a product of few rows waits for, and on processors with eight-bit dot
-products several times the rate. The site "model" is every linear, the others are those of each block of the residual stream; linears of fewer
-than LEAST weights stay. A weight that something else reads as well, such as a table of embeddings, stays beside its integers.
-Source: Dettmers et al. 2022, arXiv:2208.07339 (without its outlier columns).
+products several times the rate. The site "model" is every linear, the others are those of each block of the residual stream. What stays: linears of
+fewer than LEAST weights; those with a share of groups beyond COARSE in which one number dwarfs the others, which would be rounded away. A weight that
+something else reads as well, such as a table of embeddings, stays beside its integers.
+Source: Dettmers et al. 2022, arXiv:2208.07339 (with groups in place of its outlier columns).
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from paretorch.ir.builder import Builder
 from paretorch.ir.errors import PlanError
 from paretorch.ir.graph import Graph, arguments, origin_of
 from paretorch.ir.ops import is_op
-from paretorch.ir.ops.quantized import quantized
+from paretorch.ir.ops.quantized import coarse_share, quantized
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.precision.bf16 import block_of
 from paretorch.rewrites.rule import MODEL, Knob, Lossy, Refusal, Rule, Site
 
 NAME = "int8"
 LEAST = 256  # weights below which rounding the input costs what it saves
+COARSE = 0.02  # of all-MiniLM's linears no group in a thousand is coarse; of a probe on it, with one huge weight in each row, a sixth are
 
-_ROUNDED = WeakTensorKeyDictionary()
+_ROUNDED, _COARSE = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
 def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
@@ -39,7 +41,9 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
     found = {node.name for node in graph.calls if _weight(graph, node) is not None}
     if not found:
         linears = sum(1 for node in graph.calls if is_op(node, "linear"))
-        yield Refusal(NAME, MODEL, f"none of its {linears} linears has constant weights in f32, {LEAST} of them at least")
+        yield Refusal(
+            NAME, MODEL, f"none of its {linears} linears has {LEAST} constant weights in f32 or more, of sizes that go with one another"
+        )
         return
     yield Site(MODEL, "everything")
     by_name = {node.name: node for node in graph.nodes}
@@ -60,9 +64,7 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
         raise PlanError(f"{NAME}: no linear with weights of f32 is left at {site.name}; an earlier rewrite took it out")
     for node, weight in chosen:
         given = arguments(node)
-        if weight not in _ROUNDED:
-            _ROUNDED[weight] = quantized(weight.detach())
-        values, scale = _ROUNDED[weight]
+        values, scale = _rounded(weight)
         b, name = Builder(graph, node, origin=origin_of(node), rule=NAME, site=site.name), given["weight"].target
         constants = b.constant(f"{name}_int8", values), b.constant(f"{name}_scale", scale)
         graph.replace(node, b.int8_linear(given["input"], *constants, given["bias"]))
@@ -70,12 +72,26 @@ def rewrite(graph: Graph, site: Site, knob: Knob) -> Graph:
 
 
 def _weight(graph: Graph, node: Node) -> Tensor | None:
-    """The constant f32 weights of a linear that has enough of them."""
-    if not is_op(node, "linear"):
+    """The constant f32 weights of a linear if they may be rounded."""
+    if not is_op(node, "linear") or node.meta["val"].dtype != torch.float32:
         return None
     held = graph.constant(arguments(node)["weight"])
-    fits = held is not None and held.dtype == torch.float32 and held.dim() == 2 and held.numel() >= LEAST
-    return held if fits and node.meta["val"].dtype == torch.float32 else None
+    if held is None or held.dtype != torch.float32 or held.dim() != 2 or held.numel() < LEAST:
+        return None
+    return held if held.is_meta or _coarse_share(held) <= COARSE else None
+
+
+def _coarse_share(weight: Tensor) -> float:
+    if weight not in _COARSE:
+        _COARSE[weight] = coarse_share(weight.detach())
+    return float(_COARSE[weight])
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    if weight not in _ROUNDED:
+        _ROUNDED[weight] = quantized(weight.detach())
+    values, scale = _ROUNDED[weight]
+    return values, scale
 
 
 def example(batch: int = 2, tokens: int = 9) -> Graph:
