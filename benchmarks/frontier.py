@@ -3,9 +3,9 @@
     python benchmarks/frontier.py                    # writes benchmarks/results/frontier.json and .md, and docs/frontier.png
     python benchmarks/frontier.py --models minilm --samples 400 --rounds 5
 
-Each rule takes the same step after every layer, in all a share of the tokens at each of `TOTALS`; the selection finds a number for each layer, on its own data, with
-`tome` alone and with all rules of the family. All plans of a model run on ONNX Runtime at f32 and in one race with an A/A row, so their speeds
-can be compared. Drops are paired with the original on the same samples, with half widths of 95 % intervals.
+Each rule takes the same step after every layer, in all a share of the tokens at each of `TOTALS`; the selection finds a number for each layer, on its
+own data, with `tome` alone and with all rules of the family. All plans of a model run on ONNX Runtime at f32 and in one race with an A/A row, so their
+speeds can be compared. Drops are paired with the original on the same samples, with half widths of 95 % intervals.
 """
 
 from __future__ import annotations

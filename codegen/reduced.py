@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from paretorch.ir.builder import Builder
-from paretorch.ir.graph import Graph
+from paretorch.ir.graph import Graph, arguments, origin_of
 from paretorch.ir.ops import is_op, op_of
+from paretorch.ir.ops.quantized import widened_weight
 
 HALF = (torch.bfloat16, torch.float16)
+_WIDE = WeakTensorKeyDictionary()
 
 
 def half_node(graph: Graph) -> Node | None:
@@ -42,6 +45,30 @@ def without_reduced(graph: Graph) -> Graph:
             node.args = tuple(_widened(value) for value in node.args)
             node.kwargs = {key: _widened(value) for key, value in node.kwargs.items()}
     return other.clean().retype()
+
+
+def with_wide_weights(graph: Graph) -> Graph:
+    """The same function with integer weights multiplied out once, not in each call: for torch, when calls count more than memory."""
+    if not any(is_op(node, "int8_linear") for node in graph.calls):
+        return graph
+    other = graph.copy()
+    for node in other.calls:
+        if is_op(node, "int8_linear"):
+            given = arguments(node)
+            values, scale = (other.constant(given[name]) for name in ("weight", "scale"))
+            if values is not None and scale is not None:
+                b = Builder(other, node, origin=origin_of(node))
+                wide = b.constant(f"{given['weight'].target}_wide", _wide(values, scale, node.meta["val"].dtype))
+                other.replace(node, b.linear(given["x"], wide, given["bias"]))
+    return other.clean()
+
+
+def _wide(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What int8_linear multiplies by. Kept while the integers live, since plans of a search share them."""
+    kept = _WIDE.setdefault(values, {})
+    if dtype not in kept:
+        kept[dtype] = widened_weight(values, scale, dtype)
+    return kept[dtype]
 
 
 def _widened(value: Any) -> Any:

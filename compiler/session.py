@@ -12,6 +12,7 @@ import torch
 
 from paretorch.budget import Budget
 from paretorch.capture import Program
+from paretorch.codegen.reduced import with_wide_weights
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.codegen.triton_runtime import TritonRuntime
 from paretorch.conflicts import Conflicts
@@ -206,7 +207,7 @@ class Session:
 
     def eager(self, graph: Graph) -> Executable:
         """The graph as plain torch, for evaluations while the search runs."""
-        module = graph.module()
+        module = with_wide_weights(graph).module()
 
         def execute(*inputs: torch.Tensor) -> tuple[Any, ...]:
             with running_plan():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from paretorch.codegen.reduced import with_wide_weights
 from paretorch.data import Batch
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
@@ -174,7 +175,8 @@ class Sent:
 
     @classmethod
     def of(cls, graph: Graph) -> Sent:
-        """The graph; its constants are not copied."""
+        """The graph; its constants are not copied, but for integer weights, which are multiplied out."""
+        graph = with_wide_weights(graph)
         twin, names = graph.copy(), {name: f"constant_{place}" for place, name in enumerate(graph.constants)}
         for node in twin.nodes:
             if node.op == "get_attr":

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from paretorch.capture import capture
+from paretorch.codegen.reduced import with_wide_weights
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.cost_model.curves import Calibration, Curve, Rates
 from paretorch.cost_model.device_rows import FAKES
@@ -11,7 +12,7 @@ from paretorch.cost_model.price import Prices
 from paretorch.ir.errors import PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import is_op, op_of
-from paretorch.ir.ops.quantized import LARGEST, quantized
+from paretorch.ir.ops.quantized import LARGEST, coarse_share, quantized
 from paretorch.rewrites.apply import apply_choice, sites_of
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.normalize import normalize
@@ -39,13 +40,16 @@ def drift(before: Graph, after: Graph, *inputs: torch.Tensor) -> float:
 
 
 def test_every_weight_is_within_half_a_step() -> None:
-    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 7)[:, None]
-    weight[3] = 0.0
-    values, scale = quantized(weight)
-    assert values.dtype == torch.int8
-    assert int(values.abs().max()) == LARGEST
-    assert bool((values * scale[:, None] - weight).abs().le(scale[:, None] * 0.5001).all())
-    assert bool((values[3] == 0).all()) and bool(scale.isfinite().all())
+    for width, groups in ((33, 1), (192, 3), (48, 3)):
+        weight = torch.randn(7, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 7)[:, None]
+        weight[3] = 0.0
+        values, scale = quantized(weight)
+        assert (values.dtype, values.shape, scale.shape) == (torch.int8, weight.shape, (7, groups))
+        assert int(values.abs().max()) == LARGEST
+        steps = scale.repeat_interleave(width // groups, 1)
+        assert bool((values * steps - weight).abs().le(steps * 0.5001).all())
+        assert not bool(values[3].any())
+        assert bool(scale.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["vit_registers", "bert", "llama", "encoder_decoder", "convnext", "swin"])
@@ -74,7 +78,20 @@ def test_a_block_alone() -> None:
 def test_nothing_to_round() -> None:
     graph = normalize(capture(torch.nn.Conv2d(3, 4, 3).eval(), (torch.randn(1, 3, 8, 8),)).graph)
     _, refusals = sites_of(RULE, graph)
-    assert [(refusal.site, "has constant weights in f32" in refusal.reason) for refusal in refusals] == [(MODEL, True)]
+    assert [(refusal.site, refusal.reason) for refusal in refusals] == [
+        (MODEL, "none of its 0 linears has 256 constant weights in f32 or more, of sizes that go with one another")
+    ]
+
+
+def test_a_linear_in_which_one_number_dwarfs_the_others_stays() -> None:
+    """As in a probe on features that were scaled by their deviations, of which one is next to zero."""
+    head, plain = torch.nn.Linear(384, 2).eval(), torch.nn.Linear(384, 2).eval()
+    with torch.no_grad():
+        head.weight[:, 7] = 1e4
+    for linear, share, offered in ((head, 1 / 6, []), (plain, 0.0, [MODEL])):
+        assert coarse_share(linear.weight.detach()) == pytest.approx(share)
+        sites, _ = sites_of(RULE, normalize(capture(linear, (torch.randn(4, 384),)).graph))
+        assert [site.name for site in sites] == offered
 
 
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime", "openvino"])
@@ -86,6 +103,16 @@ def test_runtimes(runtime: str) -> None:
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
     (expected,), (found,) = after.run(x), RUNTIMES[runtime].compile(after, (x,))(x)
     assert float((expected - found).norm() / expected.norm()) < DRIFT
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_multiplied_out_give_the_same_numbers(half: bool) -> None:
+    after = rounded(transformer(WIDE))
+    after = apply_choice(bf16.RULE, after, MODEL, "bf16") if half else after
+    wide, x = with_wide_weights(after), torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    assert (count(wide, "int8_linear"), count(wide, "linear")) == (0, count(after, "int8_linear"))
+    assert torch.equal(after.run(x)[0], wide.run(x)[0])
+    assert with_wide_weights(wide) is wide
 
 
 def test_what_is_left_may_be_cast() -> None:

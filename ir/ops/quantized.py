@@ -24,8 +24,13 @@ GROUPS = (64, 32, 16)  # lengths of groups that runtimes multiply fast; the firs
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: T[..., K], weight: i8[N, K], scale: f32[N, G], bias: T[N] -> T[..., N]; torch widens the weights in each call."""
-    grouped = weight.to(x.dtype).reshape(weight.shape[0], scale.shape[1], -1)
-    return F.linear(x, (grouped * scale.to(x.dtype)[:, :, None]).reshape(weight.shape), bias)
+    return F.linear(x, widened_weight(weight, scale, x.dtype), bias)
+
+
+def widened_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """W of the card, in a floating type."""
+    grouped = weight.to(dtype).reshape(weight.shape[0], scale.shape[1], -1)
+    return (grouped * scale.to(dtype)[:, :, None]).reshape(weight.shape)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
