@@ -238,3 +238,16 @@ def test_no_product_is_refused():
 def test_a_region_that_is_gone_is_a_plan_error(site):
     with pytest.raises(PlanError, match=f"no f32 region is named {site} here"):
         reduced(transformer(), site)
+
+
+@pytest.mark.parametrize(("name", "knob"), [("bf16", "bf16"), ("int8", "int8")])
+def test_weights_that_were_edited_in_place_are_computed_again(name, knob):
+    """A model is planned for, trained on, and planned for again in one process."""
+    graph, (rule,) = transformer(Sizes(2, 9, width=32)), rules_named([name])
+    x = draw(2, 9, 32)
+    first = apply_choice(rule, graph, MODEL, knob).run(x)[0]
+    for weight in graph.constants.values():
+        weight.mul_(1.5)
+    second = apply_choice(rule, graph, MODEL, knob).run(x)[0]
+    (expected,) = graph.run(x)
+    assert float((second - expected).norm() / expected.norm()) < DRIFT < float((first - expected).norm() / expected.norm())

@@ -130,7 +130,7 @@ def _translated(graph: Graph, opset: int, output_names: list[str], *, sparing: b
     """The graph exported and translated. sparing: see _spared."""
     examples, dims = _examples(graph)
     exported = torch.export.export(graph.module(), examples, dynamic_shapes=dims, strict=False)
-    with _spared(exported) if sparing else nullcontext():
+    with _ONE_AT_A_TIME, _spared(exported) if sparing else nullcontext():
         program = torch.onnx.export(
             exported,
             dynamo=True,
@@ -257,12 +257,11 @@ def _spared(exported: torch.export.ExportedProgram) -> Iterator[None]:
     if needed <= names:
         chosen = [each for each in chosen if each.qualified_name in needed or not each.qualified_name.startswith("aten::")]
         vars(exported)["run_decompositions"] = lambda table=None: exported
-    with _ONE_AT_A_TIME:
-        reader.get_torchlib_ops = lambda: chosen  # found before the one of the module that this stands for
-        try:
-            yield
-        finally:
-            del reader.get_torchlib_ops
+    reader.get_torchlib_ops = lambda: chosen  # found before the one of the module that this stands for
+    try:
+        yield
+    finally:
+        del reader.get_torchlib_ops
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from paretorch.ir.analyze import Facts
 from paretorch.ir.builder import Builder
@@ -27,6 +26,7 @@ from paretorch.ir.errors import PlanError, ShapeError
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import TOKEN_OPS, aten, is_op, op_of
 from paretorch.rewrites.example_models import Sizes, transformer
+from paretorch.rewrites.precision.kept import Kept
 from paretorch.rewrites.rule import MODEL, SPAN, Knob, Lossy, Refusal, Rule, Site
 
 NAME = "bf16"
@@ -35,7 +35,10 @@ AS_THEY_ARE = (*TOKEN_OPS, "getitem", "to")  # ops that keep f32 beside bf16
 KEPT = ("key_bias", "size", "scale")  # operands that stay f32
 LOWEST = float(torch.finfo(torch.bfloat16).min)
 
-_HALVES = WeakTensorKeyDictionary()
+
+@Kept
+def _halved(held: Tensor) -> Tensor:
+    return torch.where(held.isinf(), held, held.clamp(LOWEST, -LOWEST)).to(torch.bfloat16)
 
 
 def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
@@ -167,9 +170,7 @@ def _half(graph: Graph, value: Node, before: Node, site: str) -> Node:
     b = Builder(graph, before, origin=origin_of(before), rule=NAME, site=site)
     held = graph.constant(value)
     if held is not None:
-        if held not in _HALVES:
-            _HALVES[held] = torch.where(held.isinf(), held, held.clamp(LOWEST, -LOWEST)).to(torch.bfloat16)
-        return b.constant(f"{value.target}_bf16", _HALVES[held])
+        return b.constant(f"{value.target}_bf16", _halved(held))
     source = _half_source(value)
     if source is not None:
         return source

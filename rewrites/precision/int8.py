@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from paretorch.ir.analyze import Facts
 from paretorch.ir.builder import Builder
@@ -27,13 +26,14 @@ from paretorch.ir.ops import is_op
 from paretorch.ir.ops.quantized import coarse_share, quantized
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.precision.bf16 import block_of
+from paretorch.rewrites.precision.kept import Kept
 from paretorch.rewrites.rule import MODEL, Knob, Lossy, Refusal, Rule, Site
 
 NAME = "int8"
 LEAST = 256  # weights below which rounding the input costs what it saves
 COARSE = 0.02  # of all-MiniLM's linears no group in a thousand is coarse; of a probe on it, with one huge weight in each row, a sixth are
 
-_ROUNDED, _COARSE = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+_rounded, _coarse_share = Kept(quantized), Kept(coarse_share)
 
 
 def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
@@ -79,19 +79,6 @@ def _weight(graph: Graph, node: Node) -> Tensor | None:
     if held is None or held.dtype != torch.float32 or held.dim() != 2 or held.numel() < LEAST:
         return None
     return held if held.is_meta or _coarse_share(held) <= COARSE else None
-
-
-def _coarse_share(weight: Tensor) -> float:
-    if weight not in _COARSE:
-        _COARSE[weight] = coarse_share(weight.detach())
-    return float(_COARSE[weight])
-
-
-def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    if weight not in _ROUNDED:
-        _ROUNDED[weight] = quantized(weight.detach())
-    values, scale = _ROUNDED[weight]
-    return values, scale
 
 
 def example(batch: int = 2, tokens: int = 9) -> Graph:
