@@ -65,7 +65,7 @@ def with_wide_weights(graph: Graph) -> Graph:
 
 def _wide(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What int8_linear multiplies by. Kept while the integers live, since plans of a search share them."""
-    kept = _WIDE.setdefault(values, {})
+    kept: dict[torch.dtype, Tensor] = _WIDE.setdefault(values, {})
     if dtype not in kept:
         kept[dtype] = widened_weight(values, scale, dtype)
     return kept[dtype]
