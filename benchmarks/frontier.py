@@ -44,7 +44,7 @@ from paretorch.settle import settle_exact
 from paretorch.stages import Stages
 
 RUNTIME = "onnxruntime"
-TOTALS = (0.3, 0.6, 0.9, 1.2)  # of the tokens of the model, over its layers: of the last, late layers have none left to take
+TOTALS = (0.6, 0.9, 1.2, 2.0)  # of the tokens of the model, over its layers: beyond one, late layers have fewer left than they would take
 PROGRESSIVE = ("tome", "pitome", "tofu", "evit", "divprune")  # those with a step after each attention
 WAYS = {"selected tome": ("tome",), "selected": PROGRESSIVE}
 SELECTED = 4  # plans of a selection's frontier that are measured
