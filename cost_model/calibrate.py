@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache as remember
 from typing import Any
@@ -31,12 +31,13 @@ from paretorch.ir.collector import uncollected
 from paretorch.ir.errors import TargetError
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Runtime
+from paretorch.ir.types import DTYPES
 
 QUICK_SECONDS, THOROUGH_SECONDS = 3.5, 30.0  # of measuring, beside compiling
 QUICK_ROUNDS, THOROUGH_ROUNDS = 7, 15
 FEWEST_ROUNDS = 3
 BURST, BURST_SECONDS = 8, 1e-3  # calls of one probe in a round: short ones are repeated, since one disturbance is as long as many of them
-WHOLE_SECONDS = 20e-3  # the same for blocks, of which there are few and on which all prices hang
+WHOLE_SECONDS = 10e-3  # the same for blocks, of which there are few and on which all prices hang
 LOW = 25  # the percentile that is kept: what a probe takes when nothing disturbs it
 CONTRADICTION = 2.0
 DERIVED = {"inductor": "eager"}  # compiling takes too long to measure curves: rates follow from another runtime's
@@ -207,7 +208,16 @@ def _sample(run: _Run, probe: Probe, idle: float) -> Sample:
 
 @remember
 def _works(probe: Probe, rows: int, dtype: str) -> tuple[Work, ...]:
-    return tuple(work_of(node) for node in static_graph(probe, rows, dtype).calls)
+    """The work of each node of a link. In half precision it is that of f32 with half the bytes: tracing takes longer than what is measured."""
+    if dtype == "f32":
+        return tuple(work_of(node) for node in static_graph(probe, rows, dtype).calls)
+    share = DTYPES[dtype].itemsize / DTYPES["f32"].itemsize
+    return tuple(_narrowed(work, share, dtype) for work in _works(probe, rows, "f32"))
+
+
+def _narrowed(work: Work, share: float, dtype: str) -> Work:
+    at = work.at if work.is_rated_by_flops else tuple(share * place for place in work.at)
+    return replace(work, at=at, bytes_moved=share * work.bytes_moved, dtype=dtype, constant_bytes=share * work.constant_bytes)
 
 
 # checking against the device row

@@ -89,12 +89,14 @@ def compile_panels(runtimes: Mapping[str, Runtime], thorough: bool, place: str, 
                 problems[f"{name} {dtype}"] = refusal
         for name, runtime in able.items():
             if name in cheap:
-                found += [_compile(name, runtime, (probe,), dtype, place, problems, TINY_ROWS) for probe in probes]
+                found += [_compile(name, runtime, (probe,), dtype, place, problems, TINY_ROWS) for probe in probes if not probe.composite]
             elif thorough or dtype == "f32":  # else blocks alone; rates follow from those at f32
                 few = tuple(probe for probe in probes if dtype == "f32" or probe.repeats <= SHORT_CHAIN)
                 found += _compile_or_halve(name, runtime, few, dtype, place, problems)
         for whole in WHOLES:
             for name, runtime in able.items():
+                if not thorough and dtype != "f32" and whole != WHOLES[0] and name not in cheap:
+                    continue  # what a whole model takes in fewer bits is measured where that is offered
                 found += [
                     _compile(name, runtime, (whole,), dtype, place, problems, rows) for rows in whole.rows[0 if name in cheap else -1 :]
                 ]

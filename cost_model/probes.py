@@ -36,6 +36,7 @@ class Probe:
     narrowed: only the first column of the result is returned, so that handing out results, which a runtime may copy, is not measured with the op.
     is_whole: several ops as they stand in models, compiled as a model is, at each size alone; its dispatch stays in the sample.
     half: whether it is measured at half precision too. quick: whether the quick form measures it. ops: among which the seconds of a link are shared.
+    composite: an op that runtimes without a form of it run as its definition, which then is its price.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Probe:
     half: bool = True
     quick: bool = True
     ops: int = 1
+    composite: bool = False
 
     def body(self, b: Builder, x: Node, dtype: str) -> Node:
         """The whole chain."""
@@ -267,8 +269,8 @@ LINEAR = tuple(
     )
 )  # fmt: skip
 INT8 = tuple(
-    Probe(f"int8_{width}x{count}", "int8_linear", int8_square(width), (width,), rows, count, half=False)
-    for width, count, rows in ((384, 3, (1, 64, 1024)), (1024, 2, (1, 64)))
+    Probe(f"int8_{width}x{count}", "int8_linear", int8_square(width), (width,), rows, count, half=False, quick=quick, composite=True)
+    for width, count, rows, quick in ((384, 3, (1, 64, 1024), True), (1024, 2, (1, 64), False))
 )
 ATTENTION = (
     Probe("attention1", "attention", attentions(), (1, HEADS, 64), (32, 128, 512), axis=2, idle_rows=1, quick=False),
@@ -282,7 +284,7 @@ CONVOLUTION = tuple(
     for curve, taps, depthwise in (
         ("convolution", 3, False), ("convolution.pointwise", 1, False), ("convolution.depthwise", 3, True),
     )
-    for channels, side, count, rows, quick in ((32, 28, 4, (1, 8), True), (128, 14, 4, (1, 4), True), (96, 56, 3, (1,), False))
+    for channels, side, count, rows, quick in ((32, 28, 2, (1, 8), True), (128, 14, 2, (1, 4), True), (96, 56, 3, (1,), False))
 )  # fmt: skip
 ROWS = (
     Probe("layer_norm", "layer_norm", norm(384), (384,), (8, 197, 1576), 3, serves=("row",)),
