@@ -28,8 +28,10 @@ def test_random_plans_keep_what_each_rule_keeps(name: str) -> None:
     subject = subject_of(name)
     candidates = propose(subject.graph, analyze(subject.graph), [rule for rule in RULES if not rule.is_exact])[0]
     candidates = [candidate for candidate in candidates if candidate.knobs]
+    if not candidates:
+        pytest.skip("no lossy rule has a place here")
     draws = random.Random(f"{SEED} {name}")
-    for _ in range(PLANS if candidates else 0):
+    for _ in range(PLANS):
         chosen = draws.sample(candidates, min(draws.randint(2, MOST), len(candidates)))
         after, plan = applied(subject.graph, [(candidate, draws.choice(candidate.knobs)) for candidate in chosen])
         assert not subject.breaks(after), plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,25 @@ def test_the_exporters_translations_are_parsed_once(linears: tuple[Graph, OnnxMo
     assert len(calls) == 1
     assert len({model.skeleton.SerializeToString() for model in models}) == 1
     assert "get_torchlib_ops" not in vars(reader), "the exporter is left as it was"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("opset", [20, 23])
+def test_batch_norm(affine: bool, opset: int) -> None:
+    norm, x = nn.BatchNorm2d(3, affine=affine).eval(), torch.randn(2, 3, 4, 5)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    session = OnnxSession(to_onnx(exported(norm, (x,)), opset=opset))
+    torch.testing.assert_close(session([x])[0], norm(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_spared_export_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter is kept from tracing and reading what this program does not need; the model is the same."""
+    graph = zoo_graph("vit_class")
+    spared = to_onnx(graph)
+    monkeypatch.setattr(export_module, "_spared", lambda _: nullcontext())
+    whole = to_onnx(graph)
+    assert [node.op_type for node in spared.skeleton.graph.node] == [node.op_type for node in whole.skeleton.graph.node]
+    assert spared.weights.keys() == whole.weights.keys()

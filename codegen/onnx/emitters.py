@@ -122,8 +122,8 @@ def sort(op: Any, x: Any, dim: int = -1, descending: bool = False, *, stable: bo
 def int8_linear(op: Any, x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
     """paretorch::int8_linear as a product with dequantized weights: both runtimes replace these by one product of integers.
 
-    Measured 2026-11-22, AMD EPYC with AVX-512 VNNI, two threads, f32[1,640] with i8[65536,640]: 4.0 times faster than in f32 on ONNX Runtime, 3.5
-    times on OpenVINO; f32[512,384] with i8[1536,384]: 1.2 and 2.2 times.
+    Measured once on 2026-11-22 with one scale a row (no benchmark repeats it), AMD EPYC with AVX-512 VNNI, two threads: f32[1,640] with i8[65536,640]
+    4.0 times faster than in f32 on ONNX Runtime, 3.5 times on OpenVINO; f32[512,384] with i8[1536,384] 1.2 and 2.2 times.
     """
     groups, width = int(scale.shape[1]), int(weight.shape[1])
     values, scales = op.Transpose(weight, perm=[1, 0]), op.Transpose(scale, perm=[1, 0])
