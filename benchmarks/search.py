@@ -29,10 +29,11 @@ from paretorch.exact import apply_exact
 from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.plan import Choice
+from paretorch.problem import Point, Problem
 from paretorch.rewrites import RULES
 from paretorch.rewrites.apply import Candidate, propose
 from paretorch.rewrites.normalize import normalize
-from paretorch.search import Point, Problem, search
+from paretorch.search import search
 from paretorch.session import Session, open_session
 from paretorch.settle import settle_exact
 from paretorch.stages import Stages

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from paretorch.cost_model.quality import Drop
-from paretorch.search import Point
+from paretorch.problem import Point
 
 ATTEMPTS = 5  # plans that are compiled and judged on held-out data before the exact one is returned
 

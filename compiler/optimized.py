@@ -17,8 +17,9 @@ from paretorch.generated import Generated
 from paretorch.ir.errors import ArtifactError, BudgetError, InputError
 from paretorch.ir.graph import Graph
 from paretorch.plan import Plan
+from paretorch.problem import Point
 from paretorch.report import Report
-from paretorch.search import Point, frontier
+from paretorch.search import frontier
 
 if TYPE_CHECKING:
     from paretorch.session import Session

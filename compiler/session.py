@@ -35,9 +35,10 @@ from paretorch.judge import FIRST_LOOK, Judge, drift_of
 from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
 from paretorch.pricing import pricing_of
+from paretorch.problem import ConflictError, Point, Problem
 from paretorch.rewrites.apply import Candidate, apply_choice
 from paretorch.rewrites.rule import MODEL, Refusal, Rule, Site
-from paretorch.search import BUDGET_SHARES, ConflictError, Point, Problem, search
+from paretorch.search import BUDGET_SHARES, search
 from paretorch.spread import Ahead, Sent, between_looks, running_plan, spread
 from paretorch.stages import Stages
 

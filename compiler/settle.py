@@ -19,8 +19,8 @@ from paretorch.ir.protocols import Measurement
 from paretorch.ledger import Entry
 from paretorch.optimized import Optimized
 from paretorch.plan import WITHOUT_WEIGHTS, Choice, Plan
+from paretorch.problem import Point
 from paretorch.report import Report
-from paretorch.search import Point
 from paretorch.session import Session, precision_of
 
 ANCHOR_ROUNDS = 8

@@ -4,7 +4,7 @@ import pytest
 
 from paretorch.attempts import ATTEMPTS, Attempts
 from paretorch.cost_model.quality import Drop
-from paretorch.search import Point
+from paretorch.problem import Point
 
 LIMIT = 0.01
 

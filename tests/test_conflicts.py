@@ -4,11 +4,12 @@ import pytest
 
 from paretorch.conflicts import Conflicts
 from paretorch.plan import Choice
+from paretorch.problem import Problem
 from paretorch.rewrites import RULES
 from paretorch.rewrites.apply import sites_of
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.rule import MODEL, Site
-from paretorch.search import Problem, search
+from paretorch.search import search
 from paretorch.stages import Stages
 from tests.test_search import candidate
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 
 from paretorch.ir.errors import PlanError
+from paretorch.problem import ConflictError, Problem
 from paretorch.rewrites.rule import MODEL
-from paretorch.search import ConflictError, Problem, frontier, search
+from paretorch.search import frontier, search
 from paretorch.stages import Stages
 
 
