@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from paretorch.ir.errors import PlanError
+from paretorch.moves import measure_moves
 from paretorch.problem import ConflictError, Problem
 from paretorch.rewrites.rule import MODEL
 from paretorch.search import frontier, search
@@ -170,3 +171,45 @@ def test_choices_that_share_a_slot_take_turns():
     assert all(len({choice.site for choice in point.choices}) == len(point.choices) for point in points)
     assert {choice.rule for point in points for choice in point.choices} == {"merge", "skip"}
     assert best_within(points, 0.03).predicted < 1.0
+
+
+def with_losses(candidates, alone, together, limit, **more):
+    """A problem in which choices drift `alone` and lose `together`, both functions of knobs."""
+    asked = problem(candidates, limit=limit, **more)
+    asked.drifts = lambda choices, samples: [alone(choice) for choice in choices]
+    asked.loss = lambda choices, graph: (together([choice.knob for choice in graph]), 0.001, 100)
+    return asked
+
+
+def test_a_value_for_all_places_is_tried_where_what_they_do_alone_misleads():
+    merges = [candidate("merge", f"layer{i}", 1, 2, 4) for i in range(4)]
+    asked = with_losses(merges, lambda choice: 0.001, lambda knobs: 0.01 * sum(knob**2 for knob in knobs), limit=0.045)
+    best = best_within(search(asked), 0.045)
+    assert [choice.knob for choice in best.choices] == [1, 1, 1, 1]
+
+
+def test_how_drift_grows_is_measured_at_one_place_of_a_rule_and_holds_for_the_others():
+    merges = [candidate("merge", f"layer{i}", 1, 2, 4) for i in range(4)] + [candidate("skip", "layer0", 1)]
+    asked = []
+
+    def alone(choice):
+        asked.append((choice.site, choice.knob) if choice.rule == "merge" else ("skip", 1))
+        return 0.0 if choice.rule == "skip" or choice.knob == 1 else (1 + int(choice.site[-1])) * {2: 0.01, 4: 1.0}[choice.knob]
+
+    moves = measure_moves(with_losses(merges, alone, sum, limit=1.0), 1.0)
+    assert sorted(asked) == sorted([("layer0", 1), ("layer0", 2), ("layer0", 4), *((f"layer{i}", 2) for i in (1, 2, 3)), ("skip", 1)])
+    drifts = {(move.choice.site, move.choice.knob): move.drift for move in moves if move.choice.rule == "merge"}
+    assert drifts["layer0", 4] == 1.0
+    assert drifts["layer3", 2] == 0.04
+    assert drifts["layer3", 4] == pytest.approx(4.0)
+    assert 0 < drifts["layer3", 1] < 0.01
+
+
+def test_a_value_that_fails_costs_that_value_alone():
+    def alone(choice):
+        return "too few rows" if choice.knob == 4 else 0.01
+
+    log = []
+    moves = measure_moves(with_losses([candidate("merge", "layer0", 1, 2, 4)], alone, sum, limit=1.0, log=log), 1.0)
+    assert [move.choice.knob for move in moves] == [1, 2]
+    assert [entry[2] for entry in log if entry[0] == "failed"] == ["too few rows"]

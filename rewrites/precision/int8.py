@@ -1,4 +1,4 @@
-"""Keep the weights of linears as eight-bit integers with a scale for each output.
+"""Keep the weights of linears as eight-bit integers with a scale for each 64 numbers of a row.
 
 y = linear(x, W, bias)  ->  y = int8_linear(x, round(W / s), s, bias),  s = max |W| of each 64 of a row / 127
 
