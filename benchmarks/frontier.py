@@ -4,14 +4,16 @@
     python benchmarks/frontier.py --models minilm --samples 400 --rounds 5
 
 Each rule takes the same step after every layer, in all a share of the tokens at each of `TOTALS`; the selection finds a number for each layer, on its
-own data, with `tome` alone and with all rules of the family. All plans of a model run on ONNX Runtime at f32 and in one race with an A/A row, so their
-speeds can be compared. Drops are paired with the original on the same samples, with half widths of 95 % intervals.
+own data, with `tome` alone and with all rules of the family, within the drift that `tome` has there with the same step in every layer. All plans of a
+model run on ONNX Runtime at f32 and in one race with an A/A row, so their speeds can be compared. Drops are paired with the original on the same
+samples; drifts tell plans apart that lose too little for the samples at hand. Half widths are of 95 % intervals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
+from benchmarks.frontier_page import ORIGINAL, markdown, plot
 from benchmarks.run import RESULTS, environment
 from paretorch import Budget
 from paretorch.capture import capture
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.measure import AGAIN, again, race, ratio
-from paretorch.cost_model.quality import paired_drop
+from paretorch.cost_model.quality import Drop, drift, paired_drop
 from paretorch.exact import apply_exact
 from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import PlanError
@@ -45,20 +48,22 @@ from paretorch.stages import Stages
 
 RUNTIME = "onnxruntime"
 TOTALS = (0.6, 0.9, 1.2, 2.0)  # of the tokens of the model, over its layers: beyond one, late layers have fewer left than they would take
+FINER = (0.4, 0.75, 1.05, 1.5)  # for `tome` as well, beside whose plans selected ones are put
+LIMIT = 1.2  # of `TOTALS`: what the selection may lose is what a constant step of this loses
 PROGRESSIVE = ("tome", "pitome", "tofu", "evit", "divprune")  # those with a step after each attention
 WAYS = {"selected tome": ("tome",), "selected": PROGRESSIVE}
 SELECTED = 4  # plans of a selection's frontier that are measured
-EVALUATIONS = 24
-SAMPLES, RANKING = 2_000, 3_000  # that no search sees; of which the search ranks on a sixth
+EVALUATIONS = 36
+SAMPLES, RANKING = 2_000, 1_500  # that no search sees; of which the search ranks on a sixth
 ROUNDS = 15
-ORIGINAL = "original"
 
 Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: ranking: data of the selection's budget; scores: of a callable on samples that no search saw, f64[n], higher is better."""
+    """What is measured: budget: what of the selection's plans is held small, its limit is found anew; ranking: the selection's data; scores: of a
+    callable on samples that no search saw, f64[n], higher is better."""
 
     model: nn.Module
     inputs: tuple[Tensor, ...]
@@ -66,18 +71,19 @@ class Subject:
     ranking: Sequence[Any]
     scores: Callable[[Run], Tensor]
     quality: str
+    drift: str = "KL of the classes, in nats"
 
 
-def classified(model: nn.Module, inputs: tuple[Tensor, ...], data: Sequence[Any], samples: int, max_drop: float) -> Subject:
-    """A subject of (inputs, labels) batches and top-1."""
+def classified(model: nn.Module, inputs: tuple[Tensor, ...], data: Sequence[Any], samples: int) -> Subject:
+    """A subject of (inputs, labels) batches and top-1. The selection sees no labels: a few hundred of them tell little apart."""
     size = len(data[0][1])
     first = RANKING // size
-    ranking, third = [data[i] for i in range(first)], [data[i] for i in range(first, min(len(data), first + samples // size))]
+    ranking, others = [data[i][0] for i in range(first)], [data[i] for i in range(first, min(len(data), first + samples // size))]
 
     def scores(run: Run) -> Tensor:
-        return torch.cat([top1(run(*given), labels) for given, labels in third])
+        return torch.cat([top1(run(*given), labels) for given, labels in others])
 
-    return Subject(model, inputs, Budget(metric=top1, max_drop=max_drop), ranking, scores, "top-1")
+    return Subject(model, inputs, Budget(drift=1.0, measure="kl"), ranking, scores, "top-1")
 
 
 def demo(samples: int) -> Subject:
@@ -86,7 +92,7 @@ def demo(samples: int) -> Subject:
 
     images, labels = test_images()
     data = [((images[i : i + 16],), labels[i : i + 16]) for i in range(0, len(images) - 15, 16)]
-    return classified(trained_model(), data[0][0], data, samples, 0.04)
+    return classified(trained_model(), data[0][0], data, samples)
 
 
 def dinov2(samples: int, side: int = 154) -> Subject:
@@ -96,7 +102,7 @@ def dinov2(samples: int, side: int = 154) -> Subject:
     pixels, labels = workload.fashion_mnist("t10k")
     count = min(len(pixels), RANKING + samples) // 4 * 4
     data = [((workload.preprocess(pixels[i : i + 4], side),), torch.from_numpy(labels[i : i + 4])) for i in range(0, count, 4)]
-    return classified(workload.classifier(side), data[0][0], data, samples, 0.04)
+    return classified(workload.classifier(side), data[0][0], data, samples)
 
 
 def minilm(samples: int, length: int = 64) -> Subject:
@@ -108,7 +114,7 @@ def minilm(samples: int, length: int = 64) -> Subject:
     ids, mask = workload.encode(texts[rest], length)
     labels = labels[rest]
     data = [((ids[i : i + 8], mask[i : i + 8]), labels[i : i + 8]) for i in range(0, len(ids) - 7, 8)]
-    return classified(workload.classifier(), data[0][0], data, samples, 0.04)
+    return classified(workload.classifier(), data[0][0], data, samples)
 
 
 def similarity(_: int, length: int = 256) -> Subject:
@@ -122,7 +128,15 @@ def similarity(_: int, length: int = 256) -> Subject:
     def scores(run: Run) -> Tensor:
         return workload.lee_scores(run, length)
 
-    return Subject(workload.embedder(), batches[0], Budget(drift=0.2, measure="cosine"), ranking, scores, "correlation of 1,225 pairs")
+    return Subject(
+        workload.embedder(),
+        batches[0],
+        Budget(drift=1.0, measure="cosine"),
+        ranking,
+        scores,
+        "correlation of 1,225 pairs",
+        "one minus cosine",
+    )
 
 
 def whisper(_: int) -> Subject:
@@ -138,8 +152,16 @@ def whisper(_: int) -> Subject:
             found += [-workload.edits(said, heard) / len(said)] * len(said)  # a row per word, so that clips count by their length
         return torch.tensor(found, dtype=torch.float64)
 
-    budget = Budget(evaluate=workload.token_divergence, max_drop=0.5)
-    return Subject(case.model, case.inputs, budget, list(range(len(workload.clips()))), scores, "words right (not beyond 11 clips)")
+    budget = Budget(evaluate=workload.token_divergence, max_drop=1.0)
+    return Subject(
+        case.model,
+        case.inputs,
+        budget,
+        list(range(len(workload.clips()))),
+        scores,
+        "words right (not beyond 11 clips)",
+        "KL of the next token in nats, 9 clips",
+    )
 
 
 MODELS: dict[str, Callable[[int], Subject]] = {
@@ -172,7 +194,7 @@ def constant(session: Session, candidates: Sequence[Candidate]) -> dict[str, Gra
         earlier = sum(1 for (name, form) in sites if name == candidate.rule.name and candidate.site.name in _names(sites[name, form]))
         sites.setdefault((candidate.rule.name, earlier), []).append(candidate)
     for (name, form), places in sites.items():
-        for total in TOTALS:
+        for total in sorted((*TOTALS, *FINER) if name == "tome" else TOTALS):
             knob = _knob(places[0], total / len(places), _tokens(session.exact, places[0]))
             graph = session.exact
             for place in places:
@@ -200,6 +222,17 @@ def _knob(candidate: Candidate, share: float, tokens: int) -> Any:
     return min(candidate.knobs, key=lambda value: (abs(abs(float(value or 0)) - share), str(value)))
 
 
+def limited(session: Session, candidates: Sequence[Candidate]) -> Budget:
+    """The subject's budget with the limit that a constant step of `tome` needs on the selection's data."""
+    assert session.judge is not None  # subjects have budgets
+    places = [candidate for candidate in candidates if candidate.rule.name == "tome"]
+    name = f"tome at {_knob(places[0], LIMIT / len(places), _tokens(session.exact, places[0]))}"
+    graph = constant(session, places)[name]
+    limit = float(session.judge.ranking(session.eager(graph), 0.0, math.inf).mean())
+    print(f"limit: {limit:.4f}, as of {name}", flush=True)
+    return replace(session.budget, **{"drift" if session.budget.drift is not None else "max_drop": limit})
+
+
 def selected(session: Session, candidates: Sequence[Candidate], way: str) -> dict[str, Graph]:
     """Plans by name: of what the search found with these rules, the frontier at some speeds."""
     own = [candidate for candidate in candidates if candidate.rule.name in WAYS[way]]
@@ -215,16 +248,21 @@ def measure(name: str, samples: int, rounds: int) -> dict[str, Any]:
     subject = MODELS[name](samples)
     session, candidates = opened(subject)
     plans = {ORIGINAL: session.exact, **constant(session, candidates)}
+    session.budget = limited(session, candidates)
     for way in WAYS:
         plans |= selected(session, candidates, way)
     runs: dict[str, Run] = {}
     scores: dict[str, Tensor] = {}
+    drifts: dict[str, Drop] = {}
+    expected: list[Any] = []  # what the original, which is the first, returns
     program = session.program
     for plan, graph in plans.items():
         execute = RUNTIMES[RUNTIME].compile(graph, program.example)
         runs[plan] = lambda *inputs, execute=execute: program.unflatten(execute(*inputs))
-        scores[plan] = subject.scores(runs[plan])
-        print(f"{name}: {plan}: {float(scores[plan].mean()):.4f} of {len(scores[plan])}", flush=True)
+        scores[plan], outputs = recorded(subject, runs[plan])
+        expected = expected or outputs
+        drifts[plan] = paired_drop(distances(session, runs[plan], expected, outputs))
+        print(f"{name}: {plan}: {float(scores[plan].mean()):.4f} of {len(scores[plan])}, drift {drifts[plan].mean:.5f}", flush=True)
     calls = {plan: (lambda run=run: run(*subject.inputs)) for plan, run in runs.items()}
     print(f"{name}: racing {len(calls)} plans", flush=True)
     seconds = race(again(calls, ORIGINAL), rounds)
@@ -235,74 +273,31 @@ def measure(name: str, samples: int, rounds: int) -> dict[str, Any]:
         rows.append({
             "plan": plan, "milliseconds": seconds[plan].seconds * 1e3, "times": times.value, "interval": [times.low, times.high],
             "score": float(scores[plan].mean()), "drop": drop.mean, "half width": drop.half_width, "n": drop.n,
+            "drift": drifts[plan].mean, "drift half width": drifts[plan].half_width,
             "predicted times": session.predicted(session.exact, RUNTIME) / session.predicted(plans[plan], RUNTIME),
         })  # fmt: skip
     same = ratio(seconds[ORIGINAL], seconds[ORIGINAL + AGAIN])
-    return {"rows": rows, "A/A": [same.value, same.low, same.high], "quality": subject.quality}
+    return {"rows": rows, "A/A": [same.value, same.low, same.high], "quality": subject.quality, "drift": subject.drift}
 
 
-def against_constant(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
-    """Plans that were selected with `tome` alone, each with the drop that the same step in every layer has at its speed: between the two
-    constant plans next to it, linearly. Those that are faster than every constant plan are left out."""
-    constant = sorted((row["times"], row["drop"]) for row in rows if row["plan"] == ORIGINAL or row["plan"].startswith("tome at "))
-    found = []
-    for row in rows:
-        if row["plan"].startswith("selected tome "):
-            left = max((place for place in constant if place[0] <= row["times"]), default=None)
-            right = min((place for place in constant if place[0] > row["times"]), default=None)
-            if left is not None and right is not None:
-                share = (row["times"] - left[0]) / (right[0] - left[0])
-                found.append((row, left[1] + share * (right[1] - left[1])))
-    return found
+def recorded(subject: Subject, run: Run) -> tuple[Tensor, list[Any]]:
+    """The scores of a callable, and what it returned on the way."""
+    outputs: list[Any] = []
+
+    def recording(*inputs: Any) -> Any:
+        outputs.append(run(*inputs))
+        return outputs[-1]
+
+    return subject.scores(recording), outputs
 
 
-def markdown(found: dict[str, Any]) -> str:
-    about = environment()
-    lines = [
-        "# Quality against measured speed of the rules that make tokens fewer", "",
-        "`rule at knob`: the same step after every layer; `selected`: a step of its own for each layer, found on other data by predicted seconds and",
-        f"measured loss, with `tome` alone or all rules of the family. Times faster: measured in one race on ONNX Runtime at f32. {about['cpu']},",
-        f"{about['threads']} threads, {about['date']}. Drops in points, paired, with half widths of 95 % intervals.",
-    ]  # fmt: skip
-    for name, model in found.items():
-        low, high = model["A/A"][1:]
-        lines += ["", f"## {name}", "", f"A/A: {model['A/A'][0]:.3f} ({low:.3f} to {high:.3f}). Quality: {model['quality']}.", ""]
-        lines += ["| plan | times faster | predicted | score | drop | n |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row['plan']} | {row['times']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f}) | {row['predicted times']:.2f} "
-            f"| {100 * row['score']:.2f} | {100 * row['drop']:.2f} ± {100 * row['half width']:.2f} | {row['n']:,} |"
-            for row in model["rows"]
-        ]
-        lines += ["", "| `tome` with a step for each layer | times faster | drop | drop of the same step in every layer, at this speed |"]
-        lines += ["|---|---|---|---|"]
-        lines += [
-            f"| {row['plan']} | {row['times']:.2f} | {100 * row['drop']:.2f} ± {100 * row['half width']:.2f} | {100 * drop:.2f} |"
-            for row, drop in against_constant(model["rows"])
-        ]
-    return "\n".join([*lines, ""])
-
-
-def plot(found: dict[str, Any], path: Path) -> None:
-    """A panel for each model: drop against times faster, a line for each rule."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(found), figsize=(5 * len(found), 4.5), squeeze=False)
-    for panel, (name, model) in zip(panels[0], found.items(), strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in model["rows"]:
-            rule = row["plan"].rsplit(" ", 2 if " at " in row["plan"] else 1)[0]
-            lines.setdefault(rule, []).append((row["times"], 100 * row["drop"]))
-        for rule, places in lines.items():
-            if rule != ORIGINAL:
-                panel.plot(*zip(*sorted(places), strict=True), marker="o" if rule.startswith("selected") else ".", label=rule)
-        panel.set(title=name, xlabel="times faster, measured", ylabel=f"drop of {model['quality']}, points")
-        panel.invert_yaxis()
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+def distances(session: Session, run: Run, expected: Sequence[Any], found: Sequence[Any]) -> Tensor:
+    """f64[n]: drift of each sample that was scored, by the budget's measure; of an `evaluate` budget minus its scores of held-out items."""
+    budget = session.budget
+    if budget.evaluate is not None:
+        assert session.judge is not None  # subjects have budgets
+        return -torch.tensor(budget.evaluate(run, session.judge.split.held_out), dtype=torch.float64)
+    return torch.cat([drift(budget.measure, [a], [b]) for a, b in zip(expected, found, strict=True)])
 
 
 def main() -> None:
