@@ -52,10 +52,10 @@ FINER = (0.4, 0.75, 1.05, 1.5)  # for `tome` as well, beside whose plans selecte
 LIMIT = 1.2  # of `TOTALS`: what the selection may lose is what a constant step of this loses
 PROGRESSIVE = ("tome", "pitome", "tofu", "evit", "divprune")  # those with a step after each attention
 WAYS = {"selected tome": ("tome",), "selected": PROGRESSIVE}
-SELECTED = 4  # plans of a selection's frontier that are measured
-EVALUATIONS = 36
+SELECTED = 6  # plans of a selection's frontier that are measured
+EVALUATIONS = 48
 SAMPLES, RANKING = 2_000, 1_500  # that no search sees; of which the search ranks on a sixth
-ROUNDS = 15
+ROUNDS = 40
 
 Run = Callable[..., Any]
 

@@ -4,8 +4,9 @@
 2. A ladder is built: from nothing, the move with most seconds saved per drift is taken, again and again, so rungs go from exact to reckless.
 3. Rungs are evaluated jointly on the ranking part, by bisection for each budget of interest, since single drifts only rank (sums were
    off by 0.54 to 1.65 on measured pairs).
-4. So are the ladders of those rules that save most for their drift with the same value at all places, from where the fastest plan started.
-5. The best plan found is refined by single steps while evaluations and time are left.
+4. Ladders of one rule at all its places, evenly raised or with a lead of the first or last ones, are climbed from where the fastest plan started: from
+   the first rung that is faster than the best plan, so that one which leads nowhere costs a single evaluation.
+5. The best plan found is refined by single steps and by swaps of two while evaluations and time are left.
 
 Same candidates, same evidence, same seed: the same points, to the byte.
 """
@@ -13,21 +14,24 @@ Same candidates, same evidence, same seed: the same points, to the byte.
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
-from paretorch.ladders import even, greedy, neighbours
+from paretorch.ladders import LEADS, greedy, neighbours, shaped
 from paretorch.moves import Move, measure_moves
 from paretorch.plan import Choice
 from paretorch.problem import ConflictError, Point, Problem
 from paretorch.rewrites.rule import MODEL
 
-EVEN_LADDERS = 3
+SHAPED_LADDERS = 9
 REFINEMENTS = 8
 WIDE_SHARE = 0.2  # of the budget: what a rewrite of the whole model may lose to be part of every plan
 BUDGET_SHARES = (1.0, 0.5, 0.25)  # the frontier is explored at these parts of the budget, for `choose`
+
+Start = tuple[tuple[Choice, ...], list[Move]]  # what is in every plan of a ladder, and the moves that go with it
 
 
 def search(problem: Problem) -> list[Point]:
@@ -47,7 +51,7 @@ def _explore(state: _State, base_seconds: float) -> None:
     moves = measure_moves(problem, base_seconds)
     wide = [move for move in moves if move.choice.site == MODEL]
     narrow = [move for move in moves if move.choice.site != MODEL]
-    starts: list[tuple[tuple[Choice, ...], list[Move]]] = [((), narrow)]
+    starts: list[Start] = [((), narrow)]
     starts += [((w.choice,), [m for m in narrow if m.choice.rule != w.choice.rule]) for w in wide]
     for start, usable in sorted(starts, key=lambda item: -len(item[0])):
         if not start and _is_dominated(state):
@@ -56,14 +60,19 @@ def _explore(state: _State, base_seconds: float) -> None:
         state.evaluate(start)
         for share in BUDGET_SHARES:
             _bisect(state, rungs, share * problem.limit)
-    best = state.best(problem.limit)
-    start, usable = max(
-        (s for s in starts if best is not None and set(s[0]) <= set(best.choices)), key=lambda s: len(s[0]), default=starts[0]
-    )
-    for rungs in even(start, usable)[:EVEN_LADDERS]:
-        _bisect(state, rungs, problem.limit)
+    start, usable = _best_start(state, starts)
+    ladders = shaped(start, usable)
     for share in BUDGET_SHARES:
+        for rungs in ladders[: SHAPED_LADDERS if share == 1 else len(LEADS)]:
+            _climb(state, rungs, share * problem.limit)
         _refine(state, moves, share * problem.limit)
+
+
+def _best_start(state: _State, starts: Sequence[Start]) -> Start:
+    """Where the fastest plan within the budget began."""
+    best = state.best(state.problem.limit)
+    chosen = set(best.choices) if best is not None else set()
+    return max((start for start in starts if chosen.issuperset(start[0])), key=lambda start: len(start[0]))
 
 
 @dataclass
@@ -81,6 +90,14 @@ class _State:
         """The plan that is predicted to be fastest of those within this limit."""
         good = [point for point in self.points.values() if point.loss <= limit]
         return min(good, key=lambda point: (point.predicted, str(point.choices)), default=None)
+
+    def is_faster(self, choices: tuple[Choice, ...], best: Point) -> bool:
+        """Whether these choices, without those that do not go with the others, are predicted to be faster than this plan."""
+        choices, graph = self._fitting(tuple(sorted(choices, key=str)))
+        known = self.points.get(choices)
+        if known is not None:
+            return known.predicted < best.predicted
+        return graph is not None and self.problem.price(graph)[0] < best.predicted
 
     def evaluate(self, choices: tuple[Choice, ...]) -> Point | None:
         """The point of these choices, without those that do not go with the others; None if it cannot be had, or the search is over."""
@@ -132,6 +149,20 @@ def _bisect(state: _State, rungs: Sequence[tuple[Choice, ...]], limit: float) ->
             low = middle + 1
         else:
             high = middle
+
+
+def _climb(state: _State, rungs: Sequence[tuple[Choice, ...]], limit: float) -> None:
+    """From the first rung that is predicted to be faster than the best plan within this limit go up, in strides that double, while losses are
+    within it; then bisect the last stride."""
+    best = state.best(limit)
+    low = bisect_left(range(len(rungs)), True, key=lambda place: best is None or state.is_faster(rungs[place], best))
+    high, stride = low, 1
+    while high < len(rungs) and not state.is_over:
+        point = state.evaluate(rungs[high])
+        if point is None or point.loss > limit:
+            break
+        low, high, stride = high + 1, high + stride, 2 * stride
+    _bisect(state, rungs[low : min(high, len(rungs))], limit)
 
 
 def _refine(state: _State, moves: Sequence[Move], limit: float) -> None:

@@ -43,7 +43,7 @@ from paretorch.spread import Ahead, Sent, between_looks, running_plan, spread
 from paretorch.stages import Stages
 
 ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
-MAX_EVALUATIONS = 48
+MAX_EVALUATIONS = 64
 KEPT_GRAPHS = 64
 REDUCED_ROUNDS = 5
 FULL = ""  # the precision that models come in

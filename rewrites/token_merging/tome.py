@@ -20,7 +20,7 @@ from paretorch.rewrites.token_merging.carry import Reducer, merging
 from paretorch.rewrites.token_merging.progressive import Step, Technique, offer, shorten
 
 NAME = "tome"
-VALUES: tuple[int, ...] = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+VALUES: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256)
 
 
 def emit(step: Step) -> Reducer:
