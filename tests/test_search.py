@@ -188,6 +188,18 @@ def test_a_value_for_all_places_is_tried_where_what_they_do_alone_misleads():
     assert [choice.knob for choice in best.choices] == [1, 1, 1, 1]
 
 
+def test_a_lead_of_the_first_places_is_tried_where_what_they_do_alone_misleads():
+    merges = [candidate("merge", f"layer{i}", 1, 2, 4) for i in range(4)]
+
+    def together(choices, graph):
+        return sum(0.01 * choice.knob**2 * (1, 1, 8, 8)[int(choice.site[-1])] for choice in graph), 0.001, 100
+
+    asked = with_losses(merges, lambda choice: 0.001, sum, limit=0.09)
+    asked.loss = together
+    best = best_within(search(asked), 0.09)
+    assert [(choice.site, choice.knob) for choice in best.choices] == [("layer0", 2), ("layer1", 2)]
+
+
 def test_how_drift_grows_is_measured_at_one_place_of_a_rule_and_holds_for_the_others():
     merges = [candidate("merge", f"layer{i}", 1, 2, 4) for i in range(4)] + [candidate("skip", "layer0", 1)]
     asked = []
