@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from statistics import median
 
 from paretorch.moves import Move
 from paretorch.plan import Choice
@@ -47,8 +48,8 @@ def _gain(before: Move | None, after: Move) -> float:
 
 
 def shaped(start: tuple[Choice, ...], moves: Iterable[Move]) -> list[list[tuple[Choice, ...]]]:
-    """Ladders of one kin each over all its places, that which saves most for its drift first: for each kin one that raises them evenly, one with
-    stronger values at the first places, and one with stronger values at the last.
+    """Ladders of one kin each over all its places, first of those that save most at a drift that all can have: for each kin one that raises them evenly,
+    one with stronger values at the first places, and one with stronger values at the last.
 
     What choices do alone says little of what they do together where all draw on the same store, as tokens that can be spared. Small steps
     everywhere do not overdraw it at any one place.
@@ -56,13 +57,18 @@ def shaped(start: tuple[Choice, ...], moves: Iterable[Move]) -> list[list[tuple[
     kins: dict[Hashable, dict[str, list[Move]]] = {}
     for move in moves:
         kins.setdefault(move.kin, {}).setdefault(move.choice.site, []).append(move)
-    found = []
-    for places in kins.values():
-        if len(places) > 1:
-            middles = [values[len(values) // 2] for values in places.values()]
-            ratio = sum(move.saved for move in middles) / max(sum(move.drift for move in middles), 1e-9)
-            found.append((ratio, str(middles[0].choice), [_raised(start, list(places.values()), lead) for lead in LEADS]))
-    return [ladder for *_, ladders in sorted(found, key=lambda item: (-item[0], item[1])) for ladder in ladders]
+    several = [list(places.values()) for places in kins.values() if len(places) > 1]
+    sums = [_even_sums(places) for places in several]
+    common = median(row[len(row) // 2][1] for row in sums) if sums else 0.0
+    saved = [max((seconds for seconds, drift in row if drift <= common), default=0.0) for row in sums]
+    order = sorted(range(len(several)), key=lambda number: (-saved[number], str(several[number][0][0].choice)))
+    return [_raised(start, several[number], lead) for number in order for lead in LEADS]
+
+
+def _even_sums(places: Sequence[Sequence[Move]]) -> list[tuple[float, float]]:
+    """(seconds saved, drift), added up over all places, of each level of a kin."""
+    levels = [[values[min(level, len(values) - 1)] for values in places] for level in range(max(map(len, places)))]
+    return [(sum(move.saved for move in moves), sum(move.drift for move in moves)) for moves in levels]
 
 
 def _raised(start: tuple[Choice, ...], places: Sequence[Sequence[Move]], lead: float) -> list[tuple[Choice, ...]]:
