@@ -48,8 +48,8 @@ def _gain(before: Move | None, after: Move) -> float:
 
 
 def shaped(start: tuple[Choice, ...], moves: Iterable[Move]) -> list[list[tuple[Choice, ...]]]:
-    """Ladders of one kin each over all its places, first of those that save most at a drift that all can have: for each kin one that raises them evenly,
-    one with stronger values at the first places, and one with stronger values at the last.
+    """Ladders of one kin each over all its places, first of those that save most at a drift that all can have: for each kin one that raises them
+    evenly, one with stronger values at the first places, and one with stronger values at the last.
 
     What choices do alone says little of what they do together where all draw on the same store, as tokens that can be spared. Small steps
     everywhere do not overdraw it at any one place.
