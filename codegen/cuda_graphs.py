@@ -114,10 +114,10 @@ def _give_back(device: torch.device, pool: Any) -> None:
     """End a pool's allocations after a capture that CUDA broke off: torch leaves that out, and would go on asking the dead graph."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     try:
-        torch.cuda.memory._cuda_endAllocateToPool(index, pool)
+        torch.cuda.memory._cuda_endAllocateToPool(index, pool)  # type: ignore[attr-defined]
     except RuntimeError:  # the capture was ended in order: what was raised is the call's own error
         return
-    torch.cuda.memory._cuda_releasePool(index, pool)
+    torch.cuda.memory._cuda_releasePool(index, pool)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,11 @@ class Replayed:
             self._kept.move_to_end(form)
             return self._kept[form]
         if self._edits is None:
-            return self._plain("a constant on the host changes between calls, or may do so unseen, and would be recorded as it is")
+            self._plain("a constant on the host changes between calls, or may do so unseen, and would be recorded as it is")
+            return None
         if not self.varies and self.forms:
-            return self._plain(f"called with {_shown(inputs)}, which is not what was recorded")
+            self._plain(f"called with {_shown(inputs)}, which is not what was recorded")
+            return None
         if self.varies and not self._is_due(form):
             return None
         self._kept[form] = self._made(inputs)
@@ -210,7 +212,8 @@ class Replayed:
         """A new recording; None where it cannot be made, or a plain call takes no longer."""
         reason = self.recorder.refuses(inputs)
         if reason is not None:
-            return self._plain(reason)
+            self._plain(reason)
+            return None
         device = inputs[0].device
         beside = (kept for kept in self._kept.values() if kept is not None and kept.buffers[0].device == device)
         pool = next((kept.recording.pool for kept in beside), None)
@@ -218,10 +221,11 @@ class Replayed:
             buffers = tuple(_buffer(x) for x in inputs)
             try:
                 recording = self.recorder.record(lambda: tuple(self.execute(*buffers)), device, pool)
+                kept = _Kept(buffers, tuple(map(_once, buffers)), recording)
+                return kept if self._pays(kept, inputs) else None
             except Exception as error:  # CUDA, its libraries and triton raise many kinds; the call then runs plainly, and says so
-                return self._plain(f"its launches cannot be recorded: {_first_line(error)}")
-        kept = _Kept(buffers, tuple(map(_once, buffers)), recording)
-        return kept if self._pays(kept, inputs) else None
+                self._plain(f"its launches cannot be recorded: {_first_line(error)}")
+                return None
 
     def _pays(self, kept: _Kept, inputs: Sequence[Tensor]) -> bool:
         if self.measure is None:
