@@ -92,13 +92,16 @@ class CudaRecorder:
 
     def record(self, call: Callable[[], tuple[Any, ...]], device: torch.device, pool: Any) -> Recording:
         with _CAPTURES, torch.cuda.device(device), uncollected():  # a collection would end CUDA objects in the midst of a capture
-            side = self._sides.get(device) or torch.cuda.Stream(device)
+            current, warm = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            side = self._sides.get(device) or torch.cuda.Stream(
+                device
+            )  # not the warm one: what libraries keep for it lies outside of the pool
             self._sides[device] = side
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
+            warm.wait_stream(current)
+            with torch.cuda.stream(warm):
                 for _ in range(WARM_UPS):
                     call()
-            torch.cuda.current_stream(device).wait_stream(side)
+            current.wait_stream(warm)
             graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
             try:  # the outer stream context is left even where the capture cannot be ended
                 with torch.cuda.stream(side), torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
@@ -218,8 +221,8 @@ class Replayed:
         beside = (kept for kept in self._kept.values() if kept is not None and kept.buffers[0].device == device)
         pool = next((kept.recording.pool for kept in beside), None)
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference_mode could not be copied into later
-            buffers = tuple(_buffer(x) for x in inputs)
             try:
+                buffers = tuple(_buffer(x) for x in inputs)
                 recording = self.recorder.record(lambda: tuple(self.execute(*buffers)), device, pool)
                 kept = _Kept(buffers, tuple(map(_once, buffers)), recording)
                 return kept if self._pays(kept, inputs) else None
