@@ -93,9 +93,8 @@ class CudaRecorder:
     def record(self, call: Callable[[], tuple[Any, ...]], device: torch.device, pool: Any) -> Recording:
         with _CAPTURES, torch.cuda.device(device), uncollected():  # a collection would end CUDA objects in the midst of a capture
             current, warm = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-            side = self._sides.get(device) or torch.cuda.Stream(
-                device
-            )  # not the warm one: what libraries keep for it lies outside of the pool
+            # not the warm one, since what libraries keep for a stream then lies outside of the pool
+            side = self._sides.get(device) or torch.cuda.Stream(device)
             self._sides[device] = side
             warm.wait_stream(current)
             with torch.cuda.stream(warm):

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from paretorch.codegen.cuda_graphs import MOST_FORMS, MOST_REASONS, CudaRecorder, Graphed, Recording, Replayed, waits_for_values
+from paretorch.codegen.cuda_graphs import (
+    MOST_FORMS,
+    MOST_REASONS,
+    WARM_UPS,
+    CudaRecorder,
+    Graphed,
+    Recording,
+    Replayed,
+    _first_line,
+    waits_for_values,
+)
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
@@ -151,6 +165,123 @@ def test_what_cuda_cannot_record() -> None:
         CudaRecorder().refuses([torch.ones(2, device="meta"), torch.ones(())])
         == "its inputs are on meta, cpu; a recording takes one CUDA device"
     )
+
+
+class Stream:
+    """Of CUDA, for one device: what waits for what, in order."""
+
+    def __init__(self, log: list[Any], name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append((self.name, "waits for", other.name))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """torch.cuda with everything that a capture uses replaced; calls of torch's own functions must fit their signatures."""
+    log: list[Any] = []
+    state = SimpleNamespace(log=log, current=Stream(log, "main"), fails=None)
+    signature = inspect.signature(torch.cuda.graph.__init__)
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, state.current = state.current, stream
+        try:
+            yield
+        finally:
+            state.current = before
+
+    class Capture:
+        def __init__(self, *given: Any, **options: Any) -> None:
+            assert signature.bind(self, *given, **options).arguments["capture_error_mode"] == "thread_local"
+            log.append(("capture on", state.current.name, options["pool"]))
+
+        def __enter__(self) -> None:
+            assert not gc.isenabled()
+
+        def __exit__(self, *error: object) -> None:
+            if state.fails is not None:
+                raise state.fails  # as CUDA does, where a capture was broken off
+            log.append("captured")
+
+    streams = (Stream(log, name) for name in ("warm", "side", "warm 2", "side 2", "warm 3", "side 3"))
+    names: dict[str, Any] = {
+        "Stream": lambda device: next(streams), "stream": on, "current_stream": lambda device=None: state.current,
+        "device": lambda device: nullcontext(), "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replayed")),
+        "graph": Capture, "graph_pool_handle": lambda: (0, 1), "current_device": lambda: 0,
+    }  # fmt: skip
+    for name, value in names.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        assert hasattr(torch.cuda.memory, name)
+        monkeypatch.setattr(torch.cuda.memory, name, lambda *given, name=name: log.append((name, *given)))
+    return state
+
+
+def test_a_capture(cuda: SimpleNamespace) -> None:
+    recorder, device = CudaRecorder(), torch.device("cuda", 0)
+    found = recorder.record(lambda: (cuda.log.append(f"launch on {cuda.current.name}"), 3), device, None)
+    assert cuda.log == [
+        ("warm", "waits for", "main"), *["launch on warm"] * WARM_UPS, ("main", "waits for", "warm"),
+        ("capture on", "side", (0, 1)), "launch on side", "captured",
+    ]  # fmt: skip
+    assert (found.outputs, found.pool, cuda.current.name) == ((None, 3), (0, 1), "main")
+    found.replay()
+    assert cuda.log[-1] == "replayed"
+    recorder.record(lambda: (), device, (5, 6))
+    assert ("capture on", "side", (5, 6)) in cuda.log, "what shares memory is captured on one stream"
+
+
+def test_a_capture_that_is_broken_off(cuda: SimpleNamespace) -> None:
+    """The first error is the one that is told, the stream is the caller's again, and the pool is given back."""
+
+    def call() -> tuple[Any, ...]:
+        if cuda.current.name == "side":
+            cuda.fails = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return ()
+
+    recorder, device = CudaRecorder(), torch.device("cuda", 0)
+    with pytest.raises(RuntimeError) as raised:
+        recorder.record(call, device, None)
+    assert _first_line(raised.value) == "CUDA error: operation not permitted when stream is capturing"
+    assert cuda.log[-2:] == [("_cuda_endAllocateToPool", 0, (0, 1)), ("_cuda_releasePool", 0, (0, 1))]
+    assert gc.isenabled()
+    assert cuda.current.name == "main"
+    cuda.fails = None
+    recorder.record(lambda: (), device, None)
+    assert ("capture on", "side 2", (0, 1)) in cuda.log, "a broken stream is not used again"
+
+
+def test_an_error_of_the_call_s_own(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The capture then ends in order, and torch has given the pool back itself."""
+
+    def ended(*given: Any) -> None:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    def call() -> tuple[Any, ...]:
+        if cuda.current.name == "side":
+            raise ValueError("only while it is captured")
+        return ()
+
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", ended)
+    with pytest.raises(ValueError, match="only while"):
+        CudaRecorder().record(call, torch.device("cuda", 0), None)
+    assert "captured" in cuda.log
+    assert not any("_cuda_releasePool" in entry for entry in cuda.log)
+
+
+def test_streams_wait_for_each_other(cuda: SimpleNamespace) -> None:
+    recorder, seen = CudaRecorder(), []
+    buffer: Any = SimpleNamespace(device=torch.device("cuda", 0), record_stream=lambda stream: seen.append(stream.name))
+    recorder.wait([buffer])
+    recorder.wait([buffer])
+    assert cuda.log == []
+    cuda.current = Stream(cuda.log, "other")
+    recorder.wait([buffer])
+    assert (cuda.log, seen) == ([("other", "waits for", "main")], ["other"])
 
 
 def test_a_stream_that_is_being_recorded_is_left_alone() -> None:
