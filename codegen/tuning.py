@@ -100,14 +100,10 @@ class Tuner:
         """The candidates that the device holds, by key: all of them if they can be timed, else the first. Raises TargetError, LoweringError."""
         left: dict[str, list[Kernel]] = {task.key: [] for task in tasks}
         reasons: dict[str, str] = {}
-        waves = [0] if self.measure is not None else range(max(len(task.candidates) for task in tasks))
-        for wave in waves:
-            pending = [task for task in tasks if not left[task.key]]
-            tried = [
-                (task, kernel)
-                for task in pending
-                for kernel in (task.candidates if self.measure is not None else task.candidates[wave : wave + 1])
-            ]
+        is_timed, most = self.measure is not None, max(len(task.candidates) for task in tasks)
+        for place in range(1 if is_timed else most):
+            those = slice(None) if is_timed else slice(place, place + 1)
+            tried = [(task, kernel) for task in tasks if not left[task.key] for kernel in task.candidates[those]]
             binaries = self.compile([kernel for _, kernel in tried], [self.arch]) if tried else {}
             for task, kernel in tried:
                 binary = binaries[kernel.name, self.arch]
@@ -130,13 +126,10 @@ class Tuner:
             return _choice(left[0], TIMED), True
         try:
             inputs = self.inputs(task.region, self.device)
-            calls: dict[str, Callable[[], Any]] = {
-                kernel.name: partial(kernel.launch, *inputs) for kernel in left if self._runs(kernel, inputs)
-            }
+            running = [kernel for kernel in left if self._runs(kernel, inputs)]
+            calls: dict[str, Callable[[], Any]] = {kernel.name: partial(kernel.launch, *inputs) for kernel in running}
             found = self.measure(calls, ROUNDS) if calls else {}
-        except (
-            Exception
-        ) as error:  # no memory for the inputs, or a launch that failed only later: what was not timed goes by the static model
+        except Exception as error:  # no memory for the inputs, or a launch that failed late: the static model decides
             self._note(f"{task.region} was not timed: {type(error).__name__}: {_first_line(error)}")
             return _choice(left[0], FILTERED), False
         if not found:
