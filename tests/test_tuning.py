@@ -23,7 +23,7 @@ from paretorch.codegen.triton_runtime import TritonRuntime, each_alone, kernels_
 from paretorch.codegen.triton_text import render
 from paretorch.codegen.tuning import Tuner
 from paretorch.cost_model.devices import Target
-from paretorch.cost_model.measure import race
+from paretorch.cost_model.measure import device_timing, race
 from paretorch.generated import Generated
 from paretorch.ir.errors import LoweringError, TargetError
 from paretorch.ir.graph import Graph
@@ -229,6 +229,20 @@ def test_the_fastest() -> None:
 def test_noise_does_not_choose() -> None:
     assert warps(tuner(measure=clock(w4=1.01, w2=1.015, w8=1.0)).schedules([region(GRAPH)])) == [4]
     assert warps(tuner(measure=clock(w4=1.03, w2=1.015, w8=1.0)).schedules([region(GRAPH)])) == [2]
+
+
+def test_seconds_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untimed call, the cache cleared, then the timed call between two events."""
+    log: list[str] = []
+
+    def event(enable_timing: bool) -> SimpleNamespace:
+        return SimpleNamespace(record=lambda: log.append("event"), synchronize=lambda: log.append("wait"), elapsed_time=lambda end: 2.0)
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch, "empty", lambda count, dtype, device: SimpleNamespace(zero_=lambda: log.append(f"clear on {device}")))
+    found = race({"one": lambda: log.append("call")}, 1, timing=device_timing())
+    assert log == ["call", "clear on cuda", "event", "call", "event", "wait"]
+    assert found["one"].samples == (2e-3,)
 
 
 def test_what_spills_is_not_timed() -> None:
