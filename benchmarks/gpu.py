@@ -46,7 +46,8 @@ def ceilings() -> dict[str, float]:
 
 def kernels(copy_bytes_per_s: float) -> Iterator[tuple[str, Callable[[], float]]]:
     """(goal's name, what measures its ratio)."""
-    from benchmarks.gpu_kernels import matching, sized, streaming
+    from benchmarks.gpu_kernels import matching, scheduled, sized, streaming
+    from paretorch.tuning import tuner_here
 
     def share(make: Any) -> float:
         call, moved = make()
@@ -64,6 +65,7 @@ def kernels(copy_bytes_per_s: float) -> Iterator[tuple[str, Callable[[], float]]
     yield "window of 1024 at 16k tokens", windowed
     yield "window of 1024 against 4096 at 32k tokens", proportional
     yield "token matching, bf16 64 x 197 x 64, r = 13", lambda: against(matching())
+    yield "tuned schedule of causal attention, bf16 head 128, 16k tokens", lambda: against(scheduled(tuner_here().schedules))  # type: ignore[union-attr, arg-type]
 
 
 def dense(is_causal: bool) -> float:
@@ -107,11 +109,36 @@ def models() -> Iterator[tuple[str, Callable[[], float]]]:
     """Whole models of random weights: torch.compile's time over ours."""
     from benchmarks import gpu_models
 
+    yield "CUDA graph of BERT-base, bf16 1 x 128", lambda: graphed(*gpu_models.bert(1, 128))
     yield "ViT-L/16, bf16 batch 64, exact plan", lambda: whole(*gpu_models.vit())
     yield "ViT-L/16, bf16 batch 64, plan within a drift of 0.1", lambda: whole(*gpu_models.vit(), drift=0.1)
     yield "BERT-base, bf16 batch 32 x 512, exact plan", lambda: whole(*gpu_models.bert())
     yield "Llama 1B prefill, bf16 1 x 2048, exact plan", lambda: whole(*gpu_models.llama_prefill())
     yield "Llama 1B decode, bf16 batch 8 after 1023, exact plan", lambda: whole(*gpu_models.llama_decode())
+
+
+def graphed(model: torch.nn.Module, inputs: tuple[Any, ...]) -> float:
+    """The time of the exact plan's kernels, launched one by one, over that of a replay of them."""
+    import paretorch
+
+    result = paretorch.optimize(model, inputs, target="cuda")
+    plain, replayed, reasons = forms(result.session)
+    ratio = seconds(plain) / seconds(replayed)
+    if reasons:
+        raise RuntimeError(reasons[0])
+    return ratio
+
+
+def forms(session: Any) -> tuple[Callable[[], object], Callable[[], object], list[str]]:
+    """(a call of a session's exact graph on the Triton runtime, the same as a CUDA graph, why the latter is no replay, if so)."""
+    from paretorch.codegen.cuda_graphs import Replayed
+    from paretorch.codegen.triton_runtime import TritonRuntime
+
+    runtime, example = TritonRuntime(lambda graph: session.fusion.plan(graph).priced, session.tuner), session.program.example
+    execute = runtime.compile(session.exact, example)
+    replayed = Replayed(execute)
+    replayed(*example)
+    return lambda: execute(*example), lambda: replayed(*example), replayed.reasons
 
 
 def whole(model: torch.nn.Module, inputs: tuple[Any, ...], drift: float | None = None) -> float:

@@ -33,6 +33,8 @@ GOALS = (
     Goal("window of 1024 against 4096 at 32k tokens", 0.75, "a quarter of the time"),
     Goal("decode, bf16 batch 16, 32k keys, 8 key heads", 0.8, COPY),
     Goal("token matching, bf16 64 x 197 x 64, r = 13", 5.0, "the same in eager torch"),
+    Goal("tuned schedule of causal attention, bf16 head 128, 16k tokens", 1.0, "the template's default"),
+    Goal("CUDA graph of BERT-base, bf16 1 x 128", 1.0, "the same launches one by one"),
     Goal("ViT-L/16, bf16 batch 64, exact plan", 1.0, COMPILED),
     Goal("ViT-L/16, bf16 batch 64, plan within a drift of 0.1", 1.6, COMPILED),
     Goal("BERT-base, bf16 batch 32 x 512, exact plan", 1.0, COMPILED),

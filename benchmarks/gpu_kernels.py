@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paretorch.codegen.kernel import Kernel
+from paretorch.codegen.kernel import Kernel, Region, Schedule
+from paretorch.codegen.region_inputs import region_inputs
 from paretorch.codegen.regions import can_compute, region_of
 from paretorch.codegen.triton_text import render
 from paretorch.ir.builder import build
@@ -21,10 +22,15 @@ ROWS, WIDTH = 32768, 8192
 Made = tuple[Callable[[], object], int]
 
 
+def one_region(function: Callable[..., Any], **types: str) -> Region:
+    """All nodes of this function that a kernel can compute."""
+    graph = build("one", function, **{name: parse_type(text) for name, text in types.items()})
+    return region_of([node for node in graph.calls if can_compute(node)])
+
+
 def kernel_of(function: Callable[..., Any], **types: str) -> tuple[Kernel, list[Tensor]]:
     """The kernel of all nodes of this function, and random inputs on the GPU in the order that it reads."""
-    graph = build("one", function, **{name: parse_type(text) for name, text in types.items()})
-    region = region_of([node for node in graph.calls if can_compute(node)])
+    region = one_region(function, **types)
     inputs = []
     for node in region.reads:
         fake = node.meta["val"]
@@ -79,6 +85,15 @@ def attention(batch: int, heads: int, tokens: int, width: int, **options: int) -
     shape = f"bf16[{batch},{heads},{tokens},{width}]"
     made, inputs = kernel_of(lambda b, q, k, v: b.attention(q, k, v, scale=width**-0.5, **options), q=shape, k=shape, v=shape)
     return lambda: made.launch(*inputs), inputs
+
+
+def scheduled(schedules: Callable[[list[Region]], list[Schedule]]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(causal attention with the schedule that is chosen for it, the same with its template's default)."""
+    shape = dict.fromkeys("qkv", "bf16[1,16,16384,128]")
+    region = one_region(lambda b, q, k, v: b.attention(q, k, v, scale=128**-0.5, right=0), **shape)
+    inputs = region_inputs(region, DEVICE)
+    made, default = render(region, 0, schedules([region])[0]), render(region)
+    return lambda: made.launch(*inputs), lambda: default.launch(*inputs)
 
 
 def sized(batch: int, heads: int, tokens: int, width: int) -> tuple[Callable[[], object], Callable[[], object]]:

@@ -32,10 +32,10 @@ def vit() -> Loaded:
     return _ready(First(ViTForImageClassification(config), "pixel_values")), (torch.randn(64, 3, 224, 224, device="cuda").bfloat16(),)
 
 
-def bert() -> Loaded:
+def bert(batch: int = 32, tokens: int = 512) -> Loaded:
     from transformers import BertConfig, BertModel
 
-    return _ready(First(BertModel(BertConfig()), "input_ids")), (torch.randint(0, 30000, (32, 512), device="cuda"),)
+    return _ready(First(BertModel(BertConfig()), "input_ids")), (torch.randint(0, 30000, (batch, tokens), device="cuda"),)
 
 
 def _llama() -> nn.Module:

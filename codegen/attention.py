@@ -95,8 +95,8 @@ def seen_keys(facts: Facts, queries: Any, keys: Any) -> Any:
     return sympy.Min(keys, facts.left + facts.sinks + 1 + (facts.right if facts.right >= 0 else keys))
 
 
-def schedule_of(node: Node) -> Schedule:
-    """The default: the largest blocks that every architecture holds."""
+def schedules(node: Node) -> tuple[Schedule, ...]:
+    """The largest blocks that every architecture holds, then smaller ones, then some that only part of them hold."""
     facts = facts_of(node)
     query, key, value = (shape_of(operand) for operand in (facts.query, facts.key, facts.value))
     rows = query[2] * facts.group if isinstance(query[2], int) else None
@@ -104,7 +104,7 @@ def schedule_of(node: Node) -> Schedule:
     itemsize = DTYPES[dtype_of(facts.query)].itemsize
     aligned = all(kind.endswith(":16") for operand in (facts.key, facts.value) for _, kind in stride_kinds(operand, "x", (2,)))
     form = facts.form if aligned else "heavy"
-    return attention_schedules(itemsize, query[3], value[3], rows, keys, form=form)[0]
+    return attention_schedules(itemsize, query[3], value[3], rows, keys, form=form)
 
 
 def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Built:
@@ -112,7 +112,7 @@ def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Buil
     node = region.nodes[0]
     facts = facts_of(node)
     roles = facts.roles
-    schedule = schedule or schedule_of(node)
+    schedule = schedule or schedules(node)[0]
     names: dict[Node, str] = {}
     for role, operand in roles.items():
         names.setdefault(operand, role)
@@ -216,4 +216,4 @@ def reference(facts: Facts, names: dict[Node, str]) -> tuple[str, ...]:
     return (*lines, "out = (torch.nan_to_num(torch.softmax(scores, -1)) @ value.float()).to(query.dtype)")
 
 
-ATTENTION = WholeOp("attention", refuses, goes_first, effort, build)
+ATTENTION = WholeOp("attention", refuses, goes_first, effort, schedules, build)

@@ -1,6 +1,7 @@
 """Compile kernels for architectures that are not here. Run as a script: JSON jobs on standard input, JSON results as the last line of output.
 
-A process of its own, since triton decides on its interpreter when it is first imported. Imports nothing of ours.
+A process of its own, since triton decides on its interpreter when it is first imported; it starts more where there is much to do. Imports nothing of
+ours.
 NVIDIA: registers and spilled bytes as ptxas reports them; AMD: from the metadata in the assembly.
 """
 
@@ -9,11 +10,15 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+JOBS_OF_A_WORKER = 6  # at least: a worker first imports triton, which takes as long as a few kernels
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -82,5 +87,14 @@ def _amd(compiled: Any) -> dict[str, Any]:
     return {"registers": count("vgpr_count"), "spills": spills, "binary": base64.b64encode(compiled.asm["hsaco"]).decode()}
 
 
+def compile_jobs(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results in the order of the jobs; many jobs are spread over the cores."""
+    workers = min(len(jobs) // JOBS_OF_A_WORKER, os.cpu_count() or 1)
+    if workers < 2:
+        return [compile_job(job) for job in jobs]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(compile_job, jobs))
+
+
 if __name__ == "__main__":
-    print(json.dumps([compile_job(job) for job in json.load(sys.stdin)]))
+    print(json.dumps(compile_jobs(json.load(sys.stdin))))

@@ -141,6 +141,16 @@ def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str]) -> dict[tup
 
     Raises TargetError if an architecture is unknown or the installed triton has no backend for it, LoweringError if a kernel does not compile.
     """
+    found = {}
+    for key, binary in compile_each(kernels, archs).items():
+        if isinstance(binary, str):
+            raise LoweringError(binary)
+        found[key] = binary
+    return found
+
+
+def compile_each(kernels: Sequence[Kernel], archs: Sequence[str]) -> dict[tuple[str, str], Binary | str]:
+    """As `compile_kernels`, with a sentence in place of the binary of a kernel that does not compile."""
     unknown = [arch for arch in archs if arch not in ARCHITECTURES]
     if unknown:
         raise TargetError(f"no architecture named {unknown[0]!r}; known: {', '.join(ARCHITECTURES)}")
@@ -158,21 +168,27 @@ def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str]) -> dict[tup
         done = subprocess.run([sys.executable, str(script)], input=json.dumps(jobs), env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise LoweringError(f"the process that compiles kernels failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    binaries = {}
+    binaries: dict[tuple[str, str], Binary | str] = {}
     for found in json.loads(done.stdout.splitlines()[-1]):
         if "no_backend" in found:
             raise TargetError(f"the installed triton cannot compile for {found['arch']}: {found['no_backend']}")
-        if "error" in found:
-            raise LoweringError(f"{found['kernel']} does not compile for {found['arch']}: {found['error']}")
-        content = b64decode(found["binary"])
-        binaries[found["kernel"], found["arch"]] = Binary(
-            found["arch"], found["registers"], found["spills"], found["shared_bytes"], content
-        )
+        binaries[found["kernel"], found["arch"]] = _binary(found)
     return {(kernel.name, arch): _joined(kernel, arch, binaries) for kernel in kernels for arch in archs}
 
 
-def _joined(kernel: Kernel, arch: str, binaries: dict[tuple[str, str], Binary]) -> Binary:
-    """The binary of a kernel with those of its other functions."""
-    first, rest = binaries[kernel.name, arch], tuple(binaries[part.name, arch] for part in kernel.parts)
-    most = {name: max(getattr(binary, name) for binary in (first, *rest)) for name in ("registers", "spills", "shared_bytes")}
-    return replace(first, parts=rest, **most)
+def _binary(found: dict[str, Any]) -> Binary | str:
+    if "error" in found:
+        return f"{found['kernel']} does not compile for {found['arch']}: {found['error']}"
+    return Binary(found["arch"], found["registers"], found["spills"], found["shared_bytes"], b64decode(found["binary"]))
+
+
+def _joined(kernel: Kernel, arch: str, binaries: dict[tuple[str, str], Binary | str]) -> Binary | str:
+    """The binary of a kernel with those of its other functions; the first sentence of one that does not compile."""
+    made: list[Binary] = []
+    for name in (kernel.name, *(part.name for part in kernel.parts)):
+        binary = binaries[name, arch]
+        if isinstance(binary, str):
+            return binary
+        made.append(binary)
+    most = {name: max(getattr(binary, name) for binary in made) for name in ("registers", "spills", "shared_bytes")}
+    return replace(made[0], parts=tuple(made[1:]), **most)

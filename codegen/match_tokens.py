@@ -43,11 +43,16 @@ def effort(node: Node) -> Effort:
     return Effort(op.flops(node), op.bytes(node), 2, is_rated_alike=False)
 
 
-def schedule_of(node: Node) -> Schedule:
+def schedules(node: Node) -> tuple[Schedule, ...]:
+    """Square blocks; then with twice as many warps, of half the rows for more programs, of half the tokens, and with a deeper pipeline."""
     metric = arguments(node)["metric"]
     block = 32 if dtype_of(metric) == "f32" else 64
     width = min(power_of_two(shape_of(metric)[2]), block)
-    return {"BLOCK_ROWS": block, "BLOCK_TOKENS": block, "BLOCK_WIDTH": width, "num_warps": 4, "num_stages": 2}
+    forms = ((block, block, 4, 2), (block, block, 8, 2), (block // 2, block, 4, 2), (block, block // 2, 4, 2), (block, block, 4, 3))
+    return tuple(
+        {"BLOCK_ROWS": rows, "BLOCK_TOKENS": tokens, "BLOCK_WIDTH": width, "num_warps": warps, "num_stages": stages}
+        for rows, tokens, warps, stages in forms
+    )
 
 
 def select_schedule(rows: int) -> Schedule:
@@ -62,7 +67,7 @@ def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Buil
     node = region.nodes[0]
     given = arguments(node)
     metric, size = given["metric"], given["size"]
-    schedule = schedule or schedule_of(node)
+    schedule = schedule or schedules(node)[0]
     names = {metric: "metric"} if size is None else {metric: "metric", size: "size"}
     names |= {part: RESULTS[int(str(part.args[1]))] for part in region.writes}
     strides = stride_kinds(metric, "metric", (0, 1))
@@ -157,4 +162,4 @@ def _reference(node: Node) -> tuple[str, ...]:
     )
 
 
-MATCH_TOKENS = WholeOp("match_tokens", refuses, lambda node: True, effort, build)
+MATCH_TOKENS = WholeOp("match_tokens", refuses, lambda node: True, effort, schedules, build)

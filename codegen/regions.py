@@ -3,6 +3,7 @@
 region_of(nodes)            -> the region of these nodes, with the views between them
 covers(region)              -> the template that takes it, or the reason why none does
 can_compute(node)           -> whether a kernel may hold this node
+schedules_of(region)        -> the schedules that its template offers, the default first
 resources(kernel, arch)     -> registers, spills and shared bytes of the compiled kernel
 
 A view between two nodes of a region is followed by coordinates and never made; where someone outside uses it too, it is a view of what is written.
@@ -142,8 +143,19 @@ def _registers(region: Region, emitter: Emitter) -> int:
 
 def default_schedule(region: Region, emitter: Emitter) -> Schedule:
     """The template's first choice for this region."""
+    return _schedules(region, emitter)[0]
+
+
+def schedules_of(region: Region) -> tuple[Schedule, ...]:
+    """What its template offers for this region, the default first. Raises LoweringError if no template takes it."""
+    if region.template in WHOLE_OPS:
+        return WHOLE_OPS[region.template].schedules(region.nodes[0])
+    return _schedules(region, emitted(region))
+
+
+def _schedules(region: Region, emitter: Emitter) -> tuple[Schedule, ...]:
     width = region.shape[-1] if region.is_rows else None
-    return TEMPLATES[region.template].schedules(width, emitter.held(region.writes))[0]
+    return TEMPLATES[region.template].schedules(width, emitter.held(region.writes))
 
 
 def _refusal(region: Region) -> str | None:

@@ -12,6 +12,9 @@ from paretorch.codegen.kernel import Schedule
 SHARED_BYTES = 64 * 1024  # of gfx942, the least of the three
 HALF_BLOCKS = ((128, 64, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4), (16, 64, 4), (32, 16, 4), (16, 32, 4), (16, 16, 4))
 FULL_BLOCKS = ((32, 16, 4), (16, 16, 4))
+BOLD_HALF = ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3))  # (rows, keys, warps, stages) for chips with more of both
+BOLD_FULL = ((64, 32, 8, 2), (32, 32, 4, 2))
+SAFE = 4  # of those that every architecture holds, that are tried where schedules are timed
 HELD = {
     ("half", "light"): 128,
     ("half", "biased"): 128,
@@ -30,11 +33,13 @@ def power_of_two(size: int) -> int:
 def attention_schedules(
     itemsize: int, width: int, value_width: int, rows: int | None, keys: int | None, *, form: str
 ) -> tuple[Schedule, ...]:
-    """The block sizes that fit, the best first. rows, keys: None if they vary; form: what is done to scores: "light" for a factor,
-    "biased" for a number of each key, "heavy" for more."""
+    """The block sizes that fit every architecture, the best first, then some that may spill on a part of them: to be tried where that is looked at.
+
+    rows, keys: None if they vary; form: what is done to scores: "light" for a factor, "biased" for a number of each key, "heavy" for more.
+    """
     widths = {"BLOCK_WIDTH": power_of_two(width), "BLOCK_VALUE": power_of_two(value_width)}
-    most_rows = 128 if rows is None else power_of_two(rows)
-    most_keys = 128 if keys is None else power_of_two(keys)
+    widest_rows = most_rows = 128 if rows is None else power_of_two(rows)
+    widest_keys = most_keys = 128 if keys is None else power_of_two(keys)
     if form != "light":  # AMD keeps a truth for each score in a pair of scalar registers
         most_keys = min(most_keys, 32)
     if form != "light" and max(width, value_width) > 128:
@@ -49,7 +54,13 @@ def attention_schedules(
         held = attention_held(options, itemsize)
         if small and held <= HELD[precision, form] and attention_shared(options, itemsize) <= SHARED_BYTES:
             found.append(options)
-    return tuple(found) or ({"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, **widths, "num_warps": 4, "num_stages": 1},)
+    safe = found[:SAFE] or [{"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, **widths, "num_warps": 4, "num_stages": 1}]
+    bold = [
+        {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, **widths, "num_warps": warps, "num_stages": stages}
+        for block_rows, block_keys, warps, stages in (BOLD_HALF if precision == "half" else BOLD_FULL)
+        if block_rows <= widest_rows and block_keys <= widest_keys
+    ]
+    return (*safe, *bold)
 
 
 def attention_held(options: Schedule, itemsize: int) -> int:

@@ -18,6 +18,7 @@ from torch.fx import Node
 from paretorch.codegen.kernel import Kernel, Region
 from paretorch.codegen.regions import can_compute, covers, is_schedulable, region_of
 from paretorch.codegen.triton_text import render
+from paretorch.codegen.tuning import Tuner
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph, shape_of
 from paretorch.ir.protocols import Executable
@@ -33,12 +34,15 @@ def each_alone(graph: Graph) -> list[Priced]:
 
 
 class TritonRuntime:
-    """Generated kernels for the regions of a plan; vendor products and the rest by torch. plan: chooses the regions of a graph."""
+    """Generated kernels for the regions of a plan; vendor products and the rest by torch.
+
+    plan: chooses the regions of a graph; tuner: the schedules of their kernels, None for the templates' defaults.
+    """
 
     name = "triton"
 
-    def __init__(self, plan: Callable[[Graph], Sequence[Priced]] = each_alone) -> None:
-        self.plan = plan
+    def __init__(self, plan: Callable[[Graph], Sequence[Priced]] = each_alone, tuner: Tuner | None = None) -> None:
+        self.plan, self.tuner = plan, tuner
 
     def refuses(self, graph: Graph | None = None) -> str | None:
         if find_spec("triton") is None:
@@ -47,7 +51,7 @@ class TritonRuntime:
 
     def compile(self, graph: Graph, example_inputs: Sequence[Tensor]) -> Executable:
         """Raises LoweringError."""
-        module = with_kernels(graph, self.plan(graph))[0]
+        module = with_kernels(graph, self.plan(graph), self.tuner)[0]
 
         def execute(*inputs: Tensor) -> tuple[Any, ...]:
             with torch.no_grad():
@@ -56,18 +60,24 @@ class TritonRuntime:
         return execute
 
 
-def kernels_of(priced: Sequence[Priced]) -> tuple[list[Kernel], list[int]]:
-    """(kernels, for each region the place of its kernel): regions that differ in names only share one. Raises LoweringError."""
-    kernels: list[Kernel] = []
+def kernels_of(priced: Sequence[Priced], tuner: Tuner | None = None) -> tuple[list[Kernel], list[int]]:
+    """(kernels, for each region the place of its kernel): regions that differ in names only share one. tuner: chooses their schedules, None for the
+    templates' defaults. Raises LoweringError."""
     places: dict[Any, int] = {}
+    distinct: list[Priced] = []
     serving = []
     for region, predicted in priced:
         key = signature(region)
         if key not in places:
-            places[key] = len(kernels)
-            kernels.append(render(region, len(kernels), predicted=predicted))
+            places[key] = len(distinct)
+            distinct.append((region, predicted))
         serving.append(places[key])
-    return [replace(kernel, uses=serving.count(place)) for place, kernel in enumerate(kernels)], serving
+    schedules = tuner.schedules([region for region, _ in distinct]) if tuner is not None else [None] * len(distinct)
+    kernels = [
+        replace(render(region, place, schedule, predicted), uses=serving.count(place))
+        for place, ((region, predicted), schedule) in enumerate(zip(distinct, schedules, strict=True))
+    ]
+    return kernels, serving
 
 
 def signature(region: Region) -> Any:
@@ -92,12 +102,12 @@ def signature(region: Region) -> Any:
     return region.template, tuple(map(type_, region.reads)), rows, tuple(number[node] for node in region.writes)
 
 
-def with_kernels(graph: Graph, priced: Sequence[Priced]) -> tuple[fx.GraphModule, list[Kernel]]:
-    """The graph as a module in which these regions are calls of their kernels. Raises LoweringError."""
+def with_kernels(graph: Graph, priced: Sequence[Priced], tuner: Tuner | None = None) -> tuple[fx.GraphModule, list[Kernel]]:
+    """The graph as a module in which these regions are calls of their kernels. tuner: as for `kernels_of`. Raises LoweringError."""
     regions = [region for region, _ in priced]
     if not is_schedulable(graph, regions):
         raise LoweringError(f"these regions need values of each other: {', '.join(map(str, regions))}; leave one out")
-    kernels, serving = kernels_of(priced)
+    kernels, serving = kernels_of(priced, tuner)
     home = {node: place for place, region in enumerate(regions) for node in region.writes}
     plain, copies = fx.Graph(), dict[Node, Node]()
 

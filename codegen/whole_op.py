@@ -50,12 +50,14 @@ class Built:
 @dataclass(frozen=True)
 class WholeOp:
     """refuses: (node) -> None or a sentence; goes_first: (node) -> whether torch has no kernel for just this, so that ours runs where it costs no more;
-    effort: (node) -> Effort; build: (region, name of the kernel, schedule or None) -> Built."""
+    effort: (node) -> Effort; schedules: (node) -> what may be tried, the default first; build: (region, name of the kernel, schedule or None)
+    -> Built."""
 
     name: str
     refuses: Callable[[Node], str | None]
     goes_first: Callable[[Node], bool]
     effort: Callable[[Node], Effort]
+    schedules: Callable[[Node], tuple[Schedule, ...]]
     build: Callable[[Region, str, Schedule | None], Built]
 
 

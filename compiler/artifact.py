@@ -37,6 +37,7 @@ from paretorch.ir.text import print_graph
 from paretorch.ledger import Entry
 from paretorch.plan import Plan
 from paretorch.report import Report, Timing
+from paretorch.tuning import tuner_here
 
 if TYPE_CHECKING:
     from paretorch.optimized import Optimized
@@ -109,7 +110,7 @@ def load(path: str | Path) -> Optimized:
     runtime: Runtime | None = RUNTIMES.get(str(manifest.get("runtime")))
     generated = Generated.from_members(members, graph)
     if runtime is not None and runtime.name == RUNTIME:
-        runtime = TritonRuntime(lambda graph: generated.regions)
+        runtime = TritonRuntime(lambda graph: generated.regions, tuner_here())
     if runtime is None:
         raise ArtifactError(f"{path} was made for the runtime {manifest.get('runtime')}, which this version does not have")
     refusal = runtime.refuses(graph)

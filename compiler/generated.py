@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from paretorch.codegen.kernel import Kernel, Part
 from paretorch.codegen.regions import can_compute, region_of
 from paretorch.codegen.triton_runtime import Priced, kernels_of
+from paretorch.codegen.tuning import Tuner
 from paretorch.ir.graph import Graph
 
 MEMBER = "kernels.json"
@@ -21,9 +23,9 @@ class Generated:
     regions: tuple[Priced, ...] = ()
 
     @classmethod
-    def of(cls, regions: list[Priced]) -> Generated:
-        """Raises LoweringError."""
-        return cls(tuple(kernels_of(regions)[0]), tuple(regions))
+    def of(cls, regions: Sequence[Priced], tuner: Tuner | None = None) -> Generated:
+        """tuner: chooses the schedules, None for the templates' defaults. Raises LoweringError."""
+        return cls(tuple(kernels_of(regions, tuner)[0]), tuple(regions))
 
     def members(self, graph: Graph) -> dict[str, bytes]:
         """Files of a saved result: each kernel's source, and a list of kernels and regions."""

@@ -24,8 +24,6 @@ from paretorch.search import frontier
 if TYPE_CHECKING:
     from paretorch.session import Session
 
-GPU_KINDS = ("cuda", "rocm")
-
 
 class Optimized(nn.Module):
     """Call it as the original model. plan, report, graph, kernels: what was done; frontier: the other plans of the search."""
@@ -65,16 +63,17 @@ class Optimized(nn.Module):
     def kernels(self) -> tuple[Kernel, ...]:
         """The generated kernels of the graph's planned regions, one for all regions that differ in names only; `compile` on each needs no GPU.
 
-        Made for a GPU target, here or not; none for a processor, and none where the original came back. Raises LoweringError.
+        Made for a GPU target, here or not; none for a processor, and none where the original came back. Their schedules are those that were fastest
+        where the GPU is here; elsewhere the first of each template that the GPU holds, which takes seconds to find out once. Raises LoweringError.
         """
         return self.generated.kernels
 
     @cached_property
     def generated(self) -> Generated:
         """The kernels, with the regions that they serve."""
-        if self.session is None or self.contender is None or self.session.target.device.kind not in GPU_KINDS:
+        if self.session is None or self.contender is None or self.session.tuner is None:
             return self._saved
-        return Generated.of(self.session.fusion.plan(self.contender.graph).priced)
+        return Generated.of(self.session.fusion.plan(self.contender.graph).priced, self.session.tuner)
 
     def choose(self, max_drop: float) -> Optimized:
         """The fastest plan of the same search that holds this budget on held-out data; no new search.

@@ -14,7 +14,7 @@ from paretorch.budget import Budget
 from paretorch.capture import Program
 from paretorch.codegen.reduced import with_wide_weights
 from paretorch.codegen.runtimes import RUNTIMES
-from paretorch.codegen.triton_runtime import TritonRuntime
+from paretorch.codegen.tuning import Tuner
 from paretorch.conflicts import Conflicts
 from paretorch.contest import SLOW_TO_COMPILE, Contender, Lowering, contenders, run_race
 from paretorch.cost_model.break_even import break_evens, sentence
@@ -41,6 +41,7 @@ from paretorch.rewrites.rule import MODEL, Refusal, Rule, Site
 from paretorch.search import BUDGET_SHARES, search
 from paretorch.spread import Ahead, Sent, between_looks, running_plan, spread
 from paretorch.stages import Stages
+from paretorch.tuning import equip
 
 ORDER = ("layer_skipping", "token_merging", "sparse_attention", "precision")  # lossy families, in the order in which they are applied
 MAX_EVALUATIONS = 64
@@ -75,6 +76,7 @@ class Session:
     judged: dict[tuple[Choice, ...], tuple[Contender, Drop] | None] = field(default_factory=dict)  # held-out results, by plan
     anchors: dict[tuple[str, str], float] = field(default_factory=dict)  # by runtime and `precision_of`
     kept: Evidence = field(default_factory=lambda: Evidence(None))  # of ranking data, from this search and earlier ones
+    tuner: Tuner | None = None  # what chooses the schedules of generated kernels
     exact: Graph = field(init=False)
     exact_result: Any = None  # the Optimized of the exact plan, what `choose` falls back to
     _break_evens: dict[str, str] = field(default_factory=dict)
@@ -393,6 +395,5 @@ def open_session(
         executor=executor,
         notes=notes,
     )
-    if RUNTIME in usable:
-        usable[RUNTIME] = TritonRuntime(lambda graph: session.fusion.plan(graph).priced)
+    equip(session, usable)
     return session

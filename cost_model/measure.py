@@ -23,6 +23,7 @@ ROUNDS = 20
 MIN_ROUNDS = 10
 HEATS = 3  # rounds that all contenders run
 RESAMPLES = 1000
+CLEARED_BYTES = 2**29  # beyond any cache; takes 0.1 ms and more, in which the host launches a few kernels
 AGAIN = " again"
 
 
@@ -46,12 +47,14 @@ def race(
     lose: float | None = None,
     keep: Sequence[str] = (),
     clock: Callable[[], float] = time.perf_counter,
+    timing: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Measurement]:
     """Seconds of each contender, by name, from the same rounds.
 
     tight: stop after min_rounds once the interval of each ratio to the first contender is at most this wide (0.02: two percent of the
     ratio). time_limit: seconds after the first three rounds, the heats, from which on no further round begins.
     lose: after three rounds, contenders whose median is more than this many times the best one's run no further, but for those in keep.
+    timing: the seconds of one call, after an untimed one; None for the clock's.
     """
     shuffle, names = random.Random(seed), list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -68,7 +71,7 @@ def race(
             break
         shuffle.shuffle(names)
         for name in names:
-            samples[name].append(timed(contenders[name], clock))
+            samples[name].append(timing(contenders[name]) if timing is not None else timed(contenders[name], clock))
     return {name: measurement(name, samples[name]) for name in contenders}
 
 
@@ -80,6 +83,23 @@ def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
     call()
     _wait()
     return clock() - start
+
+
+def device_timing() -> Callable[[Callable[[], Any]], float]:
+    """For `race`: seconds on the CUDA device alone, with a cold cache. While the device clears it, the host launches what is timed, and so is not."""
+    cleared = torch.empty(CLEARED_BYTES, dtype=torch.int8, device="cuda")
+
+    def seconds(call: Callable[[], Any]) -> float:
+        call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cleared.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e-3
+
+    return seconds
 
 
 def burst(call: Callable[[], Any], seconds: float, most: int, clock: Callable[[], float] = time.perf_counter) -> list[float]:

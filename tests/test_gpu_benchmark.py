@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import paretorch
 from benchmarks import gpu, gpu_kernels
 from benchmarks.gpu_goals import GOALS, NOT_MEASURED, table
+from paretorch.codegen.regions import schedules_of
 
 pytest.importorskip("triton")
 
@@ -35,6 +38,37 @@ def test_each_kernel_is_one_region(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name, kernel in made.items() if kernel.parts] == ["decode, bf16 batch 16, 32k keys, 8 key heads"]
     assert len(gpu_kernels.attention(1, 16, 4096, 128, left=1023, right=0)[1]) == 3
     assert len(gpu_kernels.sized(8, 12, 4096, 64)) == len(gpu_kernels.matching()) == 2
+
+
+def test_a_chosen_schedule_beside_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def choose(regions: Any) -> list[Any]:
+        asked.extend(regions)
+        return [schedules_of(regions[0])[-1]]
+
+    monkeypatch.setattr(gpu_kernels, "DEVICE", "meta")
+    chosen, default = gpu_kernels.scheduled(choose)
+    assert [region.template for region in asked] == ["attention"]
+    assert callable(chosen)
+    assert callable(default)
+
+
+def test_forms_of_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the processor nothing is replayed, and the row would say why."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.LayerNorm(8)).eval()
+    x = torch.randn(2, 8)
+    session = paretorch.optimize(model, (x,), target="cuda:h100").session
+    assert session is not None
+    session.tuner = None
+    plain, replayed, reasons = gpu.forms(session)
+    for call in (plain, replayed):
+        torch.testing.assert_close(call()[0], model(x), rtol=1e-4, atol=1e-5)  # type: ignore[index]
+    assert reasons == ["its inputs are on cpu; a recording takes one CUDA device"]
+    monkeypatch.setattr(gpu, "seconds", lambda call: 1.0)
+    monkeypatch.setattr(paretorch, "optimize", lambda *args, **options: SimpleNamespace(session=session))
+    with pytest.raises(RuntimeError, match="takes one CUDA device"):
+        gpu.graphed(model, (x,))
 
 
 def test_table() -> None:

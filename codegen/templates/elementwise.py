@@ -13,9 +13,10 @@ REGISTERS = 128  # a thread's values that are held at the same time, at most
 
 
 def schedules(width: int | None, held: int) -> tuple[Schedule, ...]:
-    """Eight elements a thread, or fewer where many values are held at once."""
+    """Eight elements a thread, or fewer where many values are held at once, in four, eight and two warps; then half and twice as many elements."""
     per_thread = max(1, min(8, 1 << (REGISTERS // max(held, 1)).bit_length() - 1))
-    return tuple({"BLOCK": 32 * warps * per_thread, "num_warps": warps} for warps in (4, 8, 2))
+    forms = ((4, per_thread), (8, per_thread), (2, per_thread), (4, max(1, per_thread // 2)), (4, 2 * per_thread))
+    return tuple({"BLOCK": 32 * warps * elements, "num_warps": warps} for warps, elements in dict.fromkeys(forms))
 
 
 ELEMENTWISE = KernelTemplate(

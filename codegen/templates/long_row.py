@@ -12,9 +12,11 @@ BLOCK = 4096
 
 
 def schedules(width: int | None, held: int) -> tuple[Schedule, ...]:
-    """Sixteen elements a thread, or fewer where many values are held at once."""
+    """Sixteen elements a thread, or fewer where many values are held at once; then blocks of half and twice the size."""
     first = 8 if held <= 4 else 16
-    return tuple({"BLOCK": BLOCK, "num_warps": warps} for warps in (first, 24 - first))
+    return tuple(
+        {"BLOCK": block, "num_warps": warps} for block, warps in ((BLOCK, first), (BLOCK, 24 - first), (BLOCK // 2, 8), (2 * BLOCK, 16))
+    )
 
 
 PASS = """\

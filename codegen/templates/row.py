@@ -21,8 +21,8 @@ def schedules(width: int | None, held: int) -> tuple[Schedule, ...]:
     warps = min(MOST_WARPS, max(1, block // 512))
     while warps < MOST_WARPS and block // (32 * warps) * held > REGISTERS:
         warps *= 2
-    counts = sorted({warps, max(1, warps // 2), min(MOST_WARPS, warps * 2)}, key=lambda n: n != warps)
-    return tuple({"BLOCK": block, "num_warps": count} for count in counts)
+    counts = (warps, max(1, warps // 2), min(MOST_WARPS, warps * 2))
+    return tuple({"BLOCK": block, "num_warps": count} for count in dict.fromkeys(counts))
 
 
 ROW = KernelTemplate(
