@@ -96,6 +96,69 @@ class FlatFrames(FrameEncoder):
         return READS[self.read](self, self.encode(video), video.shape[0] // FRAMES)
 
 
+class Deep(nn.Module):
+    """x: T[B, F, T, C], with the frames in a dimension of their own everywhere but in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(C, H) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        for block in self.blocks:
+            x = x + block.mix(block.norms[0](x).flatten(0, 1)).reshape(x.shape)
+            x = x + block.feed(block.norms[1](x))
+        return x, x[:, :, 0].mean(1), x.mean((1, 2))
+
+
+class Chunks(nn.Module):
+    """Chunks of a text, T[B, F, T, C], with seen: i64[B, F, T], 0 at padding; the mean of their first tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block(C, H) for _ in range(2))
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        mask = (1.0 - seen.flatten(0, 1)[:, None, None, :].to(x.dtype)) * torch.finfo(x.dtype).min
+        for block in self.blocks:
+            rows = block(rows, mask)
+        return per_frame(rows[:, 0], x.shape[0]).mean(1)
+
+
+class Adapters(nn.Module):
+    """Every layer ends in a convolution over the frames of each place; or its attention hides later tokens."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.blocks, self.slide = nn.ModuleList(Block(C, 2, causal=causal) for _ in range(2)), nn.Conv1d(C, C, 3, padding=1)
+        self.causal = causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, frames, tokens, width = x.shape
+        for block in self.blocks:
+            x = block.norms[0](x.reshape(-1, tokens, width))
+            x = x + block.mix(x)
+            if not self.causal:
+                y = x.reshape(samples, frames, tokens, width).permute(0, 2, 3, 1).reshape(-1, width, frames)
+                x = x + self.slide(y).reshape(samples, tokens, width, frames).permute(0, 3, 1, 2).reshape(x.shape)
+            x = x.reshape(samples, frames, tokens, width)
+        return x.mean((1, 2))
+
+
+class Library(nn.Module):
+    """A library's image model over frames; the mean over them of what it gives for each."""
+
+    def __init__(self, model: nn.Module, read: str) -> None:
+        super().__init__()
+        self.model, self.read = model, read
+
+    def forward(self, video: Tensor) -> Tensor:
+        found = getattr(self.model(pixel_values=video.flatten(0, 1)), self.read)
+        return found.unflatten(0, video.shape[:2]).mean(1)
+
+
 def video(samples: int = SAMPLES, frames: int = FRAMES, still: bool = False) -> Tensor:
     """Frames in float64; still: all those of a sample are equal."""
     x = torch.randn(samples, 1 if still else frames, 3, 4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -31,8 +31,8 @@ from paretorch.rewrites.example_models import Sizes, layers, transformer
 from paretorch.rewrites.normalize import normalize
 from paretorch.rewrites.token_merging.place import Place, find_place
 from paretorch.rewrites.token_merging.tempme import RULE, example
-from tests.frame_models import CLASSES, FRAMES, READS, FlatFrames, FrameEncoder, video
-from tests.zoo import Block, make
+from tests.frame_models import CLASSES, FRAMES, READS, Adapters, Chunks, Deep, FlatFrames, FrameEncoder, Library, video
+from tests.zoo import make
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}  # float64: the same function, other orders of summation
 WIDTH = 8
@@ -130,7 +130,9 @@ def test_golden(golden: Callable[[str], None]) -> None:
         return b.mean(b.call(aten("reshape.default"), (b.select(rows, 1, 0), [2, 4, WIDTH])), [1])
 
     before = build("frames", model, x=TensorType("f32", (2, 4, 5, WIDTH)))
-    golden(f"{before}\n# tempme at attention = 0.3, at attention_1 = 0.24\n{joined(joined(before, 'attention'), 'attention_1', share=0.24)}")
+    golden(
+        f"{before}\n# tempme at attention = 0.3, at attention_1 = 0.24\n{joined(joined(before, 'attention'), 'attention_1', share=0.24)}"
+    )
 
 
 @pytest.mark.parametrize(("read", "flat"), [*((read, False) for read in READS), ("mean of classes", True), ("mean of means", True)])
@@ -300,26 +302,6 @@ def encoder_of_tokens(tokens: int = 10) -> Graph:
     return build("tokens", model, x=TensorType("f64", (2, FRAMES, tokens, WIDTH)))
 
 
-class Adapters(nn.Module):
-    """Every layer ends in a convolution over the frames of each place; or its attention hides later tokens."""
-
-    def __init__(self, causal: bool) -> None:
-        super().__init__()
-        self.blocks, self.slide = nn.ModuleList(Block(WIDTH, 2, causal=causal) for _ in range(2)), nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
-        self.causal = causal
-
-    def forward(self, x: Tensor) -> Tensor:
-        samples, frames, tokens, width = x.shape
-        for block in self.blocks:
-            x = block.norms[0](x.reshape(-1, tokens, width))
-            x = x + block.mix(x)
-            if not self.causal:
-                y = x.reshape(samples, frames, tokens, width).permute(0, 2, 3, 1).reshape(-1, width, frames)
-                x = x + self.slide(y).reshape(samples, tokens, width, frames).permute(0, 3, 1, 2).reshape(x.shape)
-            x = x.reshape(samples, frames, tokens, width)
-        return x.mean((1, 2))
-
-
 def refusals(model: nn.Module, *inputs: Tensor) -> list[str]:
     found, refused = sites_of(RULE, normalize(capture(model.eval(), inputs).graph))
     assert not found
@@ -346,6 +328,25 @@ def test_one_place_takes_one_step() -> None:
     assert "one place takes one rule" in str(Conflicts(graph, RULES).between(*pair))
 
 
+def test_a_stream_with_frames_in_a_dimension_of_their_own() -> None:
+    x = torch.randn(2, FRAMES, 6, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    graph = normalize(capture(Deep().double().eval(), (x,)).graph)
+    after = joined(graph, "attention", "attention_1")
+    assert [tensor_type(node) for node in after.outputs] == [tensor_type(node) for node in graph.outputs]
+    assert differ(after, graph, x[:, :1].expand_as(x).contiguous()) < EXACT["atol"]
+
+
+def test_padding_is_a_size_of_none_in_clips_too() -> None:
+    """Chunks of a text whose tokens are hidden by a mask; what they hold changes nothing."""
+    x = torch.randn(2, FRAMES, 6, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    seen = (torch.arange(6) < torch.tensor([[6], [3]])).long()[:, None].expand(2, FRAMES, 6).contiguous()
+    graph = normalize(capture(Chunks().double().eval(), (x, seen)).graph)
+    after, still = joined(graph, "attention", "attention_1"), x[:, :1].expand_as(x).contiguous()
+    torch.testing.assert_close(after.run(still, seen)[0], graph.run(still, seen)[0], **EXACT)
+    other = torch.where(seen[..., None] == 1, x, x + 3)
+    torch.testing.assert_close(after.run(other, seen)[0], after.run(x, seen)[0], **EXACT)
+
+
 @pytest.mark.parametrize("read", ["mean of classes", "all tokens"])
 def test_onnx_agrees(read: str) -> None:
     size = torch.export.Dim("batch", min=1, max=64)
@@ -354,18 +355,6 @@ def test_onnx_agrees(read: str) -> None:
     model = to_onnx(after)
     for batch in (1, 3):
         assert check_onnx(model, after, (video(batch).float(),), 1e-4) <= 1e-4
-
-
-class Library(nn.Module):
-    """A library's image model over frames; the mean over them of what it gives for each."""
-
-    def __init__(self, model: nn.Module, read: str) -> None:
-        super().__init__()
-        self.model, self.read = model, read
-
-    def forward(self, video: Tensor) -> Tensor:
-        found = getattr(self.model(pixel_values=video.flatten(0, 1)), self.read)
-        return found.unflatten(0, video.shape[:2]).mean(1)
 
 
 @pytest.mark.slow

@@ -121,7 +121,9 @@ def unfold_frames(walk: Walk, node: Node) -> Dims:
     given, shape = arguments(node), walk.shape(node)
     if given["leading"]:
         walk.event(node, "selects", [tokens])
-    walk.event(node, "positions", [tokens], f"{place(node)} deals {walk.atoms.size(tokens)} tokens to {given['count']} rows by their places")
+    walk.event(
+        node, "positions", [tokens], f"{place(node)} deals {walk.atoms.size(tokens)} tokens to {given['count']} rows by their places"
+    )
     return [(*batch, *walk.one(node, given["count"], batch)), walk.one(node, shape[1], tokens), width]
 
 

@@ -32,7 +32,8 @@ class State:
 
 
 def rederive_lengths(
-    graph: Graph, facts_before: AxisFacts, changed: Mapping[str, tuple[Atom, Size]], *, may_return: bool = False, along: Mapping[Atom, Size] | None = None,
+    graph: Graph, facts_before: AxisFacts, changed: Mapping[str, tuple[Atom, Size]], *, may_return: bool = False,
+    along: Mapping[Atom, Size] | None = None,
 ) -> Graph:  # fmt: skip
     """The graph with the lengths downstream of `changed` repaired, edited in place.
 

@@ -42,7 +42,7 @@ class Reducer:
     rows: Callable[[Builder, Node], Node]
     weights: Callable[[Builder, Node], Node]
     back: Callable[[Builder, Node, Node], Node] = lambda at, rows, places: at.unmerge_tokens(rows, places)
-    front: Callable[[Builder, Node], Node] | None = None
+    front: Callable[[Builder, Node], Node] = lambda at, rows: rows
 
 
 def merging(b: Builder, match: Node, size: Node | None) -> Reducer:

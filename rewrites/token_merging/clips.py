@@ -85,8 +85,8 @@ def _split_behind(graph: Graph, axes: AxisFacts, inner: Atom, downstream: Iterab
 def _joined(facts: Facts, frames: TokenAxis, samples: Sequence[Atom], downstream: Iterable[Node], graph: Graph) -> bool:
     """Whether something behind reduces the frames of each sample, or lets them attend to each other."""
     inside = {node.name: node for node in downstream}
-    if any(axis.atom == frames.atom and inside.keys() & set(axis.mixers) for axis in facts.axes.tokens):
-        return True
+    if any(frames.atom.number in axis.family and inside.keys() & set(axis.mixers) for axis in facts.axes.tokens):
+        return True  # of the family, as they may be what is left of the frames after an earlier fold
     for use in frames.uses:
         node = inside.get(use.node)
         if node is not None and use.kind == "pools" and (op := op_of(node)) is not None and op.axes == "reduce":
@@ -119,7 +119,9 @@ def needs_frames(graph: Graph, facts: Facts, axis: TokenAxis, clips: Clips) -> C
         if is_op(node, "softmax") or (node.name in pools and not is_op(node, "mean")):
             return f"{node.name} ({origin_of(node)}) is {node.target} over the tokens of each frame; only their mean is that of a clip"
         if not _is_affine(node, is_pooled):
-            return f"{node.name} ({origin_of(node)}) is {node.target} of what is pooled from each frame; only affine maps are those of a clip"
+            return (
+                f"{node.name} ({origin_of(node)}) is {node.target} of what is pooled from each frame; only affine maps are those of a clip"
+            )
         return next((reason for use in uses.get(node.name, ()) if (reason := _refused(node, use, clips))), None)
 
     return whole
@@ -143,7 +145,9 @@ def _refused(node: Node, use: Use, clips: Clips) -> str | None:
         return use.reason or None
     if use.kind == "pools" and is_op(node, "mean"):
         return use.reason or None
-    return use.reason or f"{name} is {node.target}, which needs every one of the {clips.frames} frames: {tensor_type(node.all_input_nodes[0])}"
+    return (
+        use.reason or f"{name} is {node.target}, which needs every one of the {clips.frames} frames: {tensor_type(node.all_input_nodes[0])}"
+    )
 
 
 def meets_frames(axes: AxisFacts, clips: Clips, node: Node, other: Node, short: Iterable[Node]) -> bool:

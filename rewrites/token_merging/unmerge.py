@@ -57,12 +57,12 @@ def _reads_front(graph: Graph, axes: AxisFacts, place: Place, node: Node) -> boo
 
 def close_seams(
     graph: Graph, axes: AxisFacts, place: Place, seams: Sequence[Seam], b: Builder,
-    bring_back: Callable[[Builder, Node], Node] | None,
+    bring_back: Callable[[Builder, Node], Node],
 ) -> None:  # fmt: skip
     """Put what brings the tokens back in the place of each stand-in. bring_back: (builder, rows [B,T',C]) -> rows [B,T,C]."""
     for seam in seams:
         layout = layout_of(axes, seam.value, place.axis.atom, place.batch)
-        assert layout is not None and bring_back is not None  # a cut is made only where there is one
+        assert layout is not None  # a cut is made only where there is one
         at = Builder(graph, seam.stand_in, origin=origin_of(seam.value), rule=b.rule, site=b.site)
         whole = restored(at, bring_back(at, rows_of(at, seam.value, layout)), seam.stand_in, layout)
         graph.replace(seam.stand_in, whole)
