@@ -273,8 +273,6 @@ def test_with_other_steps(other: str) -> None:
             behind = steps == "last" and not order
             assert matches == {RULE.name: 2, other: 2 if behind else 1}
             assert after.run(video())[0].isfinite().all()
-    equal = video(1)[:, :, :, :1, :1].expand(1, FRAMES, 3, 4, 6)[:, :1].expand(1, FRAMES, 3, 4, 6).contiguous()
-    assert after.run(equal)[0].shape == (1, 5)
 
 
 def test_sizes_of_an_earlier_step_are_folded_along() -> None:
@@ -283,7 +281,7 @@ def test_sizes_of_an_earlier_step_are_folded_along() -> None:
     pairs = torch.randn(2, 1, 5, WIDTH, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x = pairs.repeat_interleave(2, 2).expand(-1, FRAMES, -1, -1).contiguous()
     after = joined(apply_choice(tome, graph, "attention", 4), "attention_1")
-    assert rows_and_tokens(after) == [(8, 10), (8, 6), (4, 9)]
+    assert rows_and_tokens(after) == [(8, 10), (8, 6), (4, 6)]
     torch.testing.assert_close(after.run(x)[0], graph.run(x)[0], **EXACT)
     assert differ(without(after, "key_bias"), graph, x) > 1e-6
     later = apply_choice(tome, joined(graph, "attention"), "attention_1", 4)
@@ -319,7 +317,7 @@ def test_refused_with_a_sentence() -> None:
     assert "hides later tokens from earlier ones" in refusals(Adapters(causal=True), x)[0]
     sliding = refusals(Adapters(causal=False), x)
     assert all("no product between" in reason for reason in sliding)
-    assert "which needs every one of the 4 frames" in sliding[0] or "splits or blends" in sliding[0], sliding
+    assert "runs a window over the axis of 4" in sliding[0]
 
 
 def test_one_place_takes_one_step() -> None:
