@@ -29,7 +29,11 @@ from paretorch.session import Session
 from tests.zoo import Block, make
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}  # float64: the same function, other orders of summation
-OWN = ("drop_masked_tokens", "merge_frames")  # legal only on models that bring what they need; their contracts stand in tests of their own
+OWN = (
+    "drop_masked_tokens",
+    "merge_frames",
+    "tempme",
+)  # legal only on models that bring what they need; their contracts stand in tests of their own
 FEWER = tuple(
     rule for rule in TOKEN_RULES if "token_count" in rule.invalidates and rule.name not in OWN
 )  # those that stay fewer to the end

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.frame_models import FrameEncoder
 from tests.zoo import VOCABULARY, Attention, Block, FeedForward
 
 T, C, H, SIDE = 36, 16, 2, 6
@@ -388,6 +389,10 @@ _ENTRIES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Any, ..
     "class attention": (ClassAttention, _tokens),
     "top tokens": (TopTokens, _tokens),
     "axial video": (AxialVideo, lambda batch: (torch.randn(batch, 4, 12, C),)),
+    "frames of an encoder": (
+        lambda: FrameEncoder("mean of classes", sides=(SIDE, SIDE)),
+        lambda batch: (torch.randn(batch, 4, 3, 2 * SIDE, 2 * SIDE),),
+    ),
     "experts": (Experts, _tokens),
     "conformer": (Conformer, _tokens),
     "no batch": (Unbatched, lambda batch: (torch.randn(T, C),)),

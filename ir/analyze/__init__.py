@@ -1,6 +1,6 @@
 """Analyses of a normalized graph: token axes, the residual stream, repetition."""
 
-from paretorch.ir.analyze.axes import token_axes
+from paretorch.ir.analyze.axes import axis_of, token_axes
 from paretorch.ir.analyze.facts import Atom, AxisFacts, AxisMap, Block, Facts, Repetition, Stream, TokenAxis, Use
 from paretorch.ir.analyze.lengths import rederive_lengths
 from paretorch.ir.analyze.repetition import repetition
@@ -8,7 +8,7 @@ from paretorch.ir.analyze.residual import residual_streams
 from paretorch.ir.graph import Graph
 
 __all__ = ["Atom", "AxisFacts", "AxisMap", "Block", "Facts", "Repetition", "Stream", "TokenAxis", "Use"]
-__all__ += ["analyze", "rederive_lengths", "repetition", "residual_streams", "token_axes"]
+__all__ += ["analyze", "axis_of", "rederive_lengths", "repetition", "residual_streams", "token_axes"]
 
 
 def analyze(graph: Graph) -> Facts:

@@ -8,6 +8,7 @@ axis of an attention.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -24,11 +25,22 @@ _ORDER = ("opaque", "bakes_length", "returns", "positions", "appends", "pools", 
 
 def token_axes(graph: Graph) -> AxisFacts:
     """The axes of every value, and the token axes with all their uses."""
+    return _read(graph).facts()
+
+
+def axis_of(graph: Graph, atom: Atom) -> TokenAxis:
+    """All uses of any axis, such as that of a batch. atom: of the facts of this graph, as it is now."""
+    reader = _read(graph)
+    reader.facts()
+    return reader.axis(atom.number)
+
+
+def _read(graph: Graph) -> _Reader:
     walk = Walk(graph)
     nodes = graph.nodes
     for node in nodes:
         walk.visit(node)
-    return _Reader(walk, nodes).facts()
+    return _Reader(walk, nodes)
 
 
 class _Reader:
@@ -52,7 +64,7 @@ class _Reader:
             for atom in sorted(set().union(*near)):
                 self.carriers[atom].append(number)
         maps = {node.name: self._map(dims) for node, dims in self.walk.maps.items() if not any(isinstance(part, list) for part in dims)}
-        tokens = [self._token_axis(atom, mixers) for atom, mixers in axes.items()]
+        tokens = [self.axis(atom, mixers) for atom, mixers in axes.items()]
         return AxisFacts(maps, tuple(sorted(tokens, key=lambda axis: (self.order[axis.atom.born], axis.atom.number))))
 
     def _self_attended(self) -> dict[int, list[Mixer]]:
@@ -90,7 +102,7 @@ class _Reader:
     def _map(self, dims: Any) -> AxisMap:
         return tuple(tuple(self._atom(atom) for atom in self.atoms.resolve(dim)) for dim in dims)
 
-    def _token_axis(self, atom: int, mixers: list[Mixer]) -> TokenAxis:
+    def axis(self, atom: int, mixers: Sequence[Mixer] = ()) -> TokenAxis:
         family, born = self.atoms.family(atom), self.order[self.atoms.born[atom]]
         carrying = sorted({number for member in family for number in self.carriers[member] if number >= born})
         uses = [use for number in carrying for use in self._uses(self.nodes[number], atom, family)]

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from paretorch.ir.analyze.atoms import Dims
+from paretorch.ir.analyze.view_axes import view_dims
 from paretorch.ir.analyze.walk import Walk, place
 from paretorch.ir.graph import arguments
 from paretorch.ir.ops.tokens import match_of
@@ -100,8 +101,35 @@ def unmerge_by_map(walk: Walk, node: Node) -> Dims:
     return [x[0], tokens, x[2]]
 
 
+def fold_frames(walk: Walk, node: Node) -> Dims:
+    """[B, N * G, C] from x[B * G, N, C]: a new axis whose length follows from that of the tokens; how many tokens a row has, and which rows are
+    neighbours, is baked in."""
+    batch, tokens, width = walk.dims(node.args[0])  # type: ignore[arg-type]
+    given, shape = arguments(node), walk.shape(node)
+    count = given["count"]
+    if given["leading"]:
+        walk.event(node, "selects", [tokens])
+    reason = f"{place(node)} folds {count} rows of the batch into one, place by place of their {walk.atoms.size(tokens)} tokens"
+    walk.event(node, "positions", [tokens, batch], reason)
+    outer = view_dims(walk.atoms, [batch], [shape[0], count], node.name)[0]
+    return [outer, walk.one(node, shape[1], tokens), width]
+
+
+def unfold_frames(walk: Walk, node: Node) -> Dims:
+    """[B * G, N, C] from x[B, N * G, C]."""
+    batch, tokens, width = walk.dims(node.args[0])  # type: ignore[arg-type]
+    given, shape = arguments(node), walk.shape(node)
+    if given["leading"]:
+        walk.event(node, "selects", [tokens])
+    walk.event(
+        node, "positions", [tokens], f"{place(node)} deals {walk.atoms.size(tokens)} tokens to {given['count']} rows by their places"
+    )
+    return [(*batch, *walk.one(node, given["count"], batch)), walk.one(node, shape[1], tokens), width]
+
+
 TOKEN_RULES: dict[str, Callable[[Walk, Node], Any]] = {
     "match_tokens": match_tokens, "merge_tokens": merge_tokens, "source_map": source_map, "weigh_tokens": weigh_tokens,
     "class_weights": class_weights, "places_among": places_among, "unmerge_tokens": unmerge_tokens, "match_to_places": match_to_places,
-    "assign_tokens": assign_tokens, "merge_by_map": merge_by_map, "unmerge_by_map": unmerge_by_map,
+    "assign_tokens": assign_tokens, "merge_by_map": merge_by_map, "unmerge_by_map": unmerge_by_map, "fold_frames": fold_frames,
+    "unfold_frames": unfold_frames,
 }  # fmt: skip

@@ -31,23 +31,29 @@ class State:
     touched: set[Atom] = field(default_factory=set)
 
 
-def rederive_lengths(graph: Graph, facts_before: AxisFacts, changed: Mapping[str, tuple[Atom, Size]], *, may_return: bool = False) -> Graph:
+def rederive_lengths(
+    graph: Graph, facts_before: AxisFacts, changed: Mapping[str, tuple[Atom, Size]], *, may_return: bool = False,
+    along: Mapping[Atom, Size] | None = None,
+) -> Graph:  # fmt: skip
     """The graph with the lengths downstream of `changed` repaired, edited in place.
 
     graph: a copy in which some nodes have values with a shortened (or lengthened) axis; facts_before: of the graph before that edit;
     changed: for each such node, new or old, the axis and its size now (its old size says that the axis is whole again there); a size is an
-    int or a sympy expression; may_return: whether outputs of the graph may have the new length.
+    int or a sympy expression; may_return: whether outputs of the graph may have the new length; along: other axes that all of these have another
+    size of, such as their batch.
     Raises PlanError, naming the node, where the new length is not legal.
     """
-    repair = _Repair(graph, facts_before, changed, may_return)
+    repair = _Repair(graph, facts_before, changed, may_return, along or {})
     for node in list(graph.fx.nodes):
         repair.visit(node)
     return graph
 
 
 class _Repair:
-    def __init__(self, graph: Graph, facts: AxisFacts, changed: Mapping[str, tuple[Atom, Size]], may_return: bool) -> None:
-        self.graph, self.maps, self.changed, self.may_return = graph, facts.maps, changed, may_return
+    def __init__(
+        self, graph: Graph, facts: AxisFacts, changed: Mapping[str, tuple[Atom, Size]], may_return: bool, along: Mapping[Atom, Size]
+    ) -> None:
+        self.graph, self.maps, self.changed, self.may_return, self.along = graph, facts.maps, changed, may_return, along
         self.states: dict[Node, State] = {}
         self.forbidding: dict[str, list[tuple[Atom, Use]]] = defaultdict(list)
         for axis in facts.tokens:
@@ -83,10 +89,10 @@ class _Repair:
         found = from_fake(node.meta["val"])
         if isinstance(found, TensorType) and size not in found.shape:
             raise PlanError(f"{node.name} is said to have an axis of {size}, but it is {found}")
-        sizes = {**state.sizes, atom: size}
+        sizes = {**state.sizes, **self.along, atom: size}
         if size == atom.size:
             del sizes[atom]
-        return State(sizes, state.touched | {atom})
+        return State(sizes, state.touched | {atom, *self.along})
 
     def _refuse_returns(self, node: Node) -> None:
         for number, value in enumerate(node.args[0]):  # type: ignore[arg-type]

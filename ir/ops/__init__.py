@@ -2,6 +2,7 @@
 
 from paretorch.ir.ops import (
     attention,
+    clips,
     convolution,
     elementwise,
     index,
@@ -20,8 +21,15 @@ from paretorch.ir.ops import (
 from paretorch.ir.ops.table import OPS, Missing, Op, OpTemplate, RowText, aten, define, is_op, op_of, row
 
 # All that compute with tokens as a value: sizes and weights stay wide in them.
-TOKEN_OPS: tuple[str, ...] = (*tokens.SCHEMAS, *token_choice.SCHEMAS, *token_context.SCHEMAS, *restore.SCHEMAS, *scoped.SCHEMAS)
+TOKEN_OPS: tuple[str, ...] = (
+    *tokens.SCHEMAS,
+    *token_choice.SCHEMAS,
+    *token_context.SCHEMAS,
+    *restore.SCHEMAS,
+    *scoped.SCHEMAS,
+    *clips.SCHEMAS,
+)
 
 __all__ = ["OPS", "TOKEN_OPS", "Missing", "Op", "OpTemplate", "RowText", "aten", "define", "is_op", "op_of", "row"]
-__all__ += ["attention", "convolution", "elementwise", "index", "local_attention", "matrix", "quantized", "reduce", "restore"]
+__all__ += ["attention", "clips", "convolution", "elementwise", "index", "local_attention", "matrix", "quantized", "reduce", "restore"]
 __all__ += ["scalar", "scoped", "shape", "token_choice", "token_context", "tokens"]

@@ -72,6 +72,8 @@ AXES: dict[str, str] = {  # how the axes of operands become those of the result;
     "assign_tokens": "see `paretorch.ir.ops.scoped`",
     "merge_by_map": "see `paretorch.ir.ops.scoped`",
     "unmerge_by_map": "see `paretorch.ir.ops.scoped`",
+    "fold_frames": "see `paretorch.ir.ops.clips`",
+    "unfold_frames": "see `paretorch.ir.ops.clips`",
     "scalar": "a number, or one output of an op with several",
 }
 

@@ -7,6 +7,7 @@ from paretorch.rewrites.token_merging import (
     evit,
     merge_frames,
     pitome,
+    tempme,
     tofu,
     toma,
     tome,
@@ -15,6 +16,6 @@ from paretorch.rewrites.token_merging import (
 )
 
 RULES: tuple[Rule, ...] = (
-    tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE, visionzip.RULE, merge_frames.RULE, drop_masked_tokens.RULE, tomesd.RULE,
-    toma.RULE
+    tome.RULE, pitome.RULE, tofu.RULE, evit.RULE, divprune.RULE, visionzip.RULE, merge_frames.RULE, tempme.RULE,
+    drop_masked_tokens.RULE, tomesd.RULE, toma.RULE,
 )  # fmt: skip

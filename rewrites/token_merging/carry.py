@@ -34,12 +34,15 @@ class Reducer:
     """What a technique put at a place.
 
     indices: kept, source and target of its match, where a token that is dropped has as target the one that stands for it. The functions emit
-    through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']); weights: one number per token [B,T,1] -> [B,T',1].
+    through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']); weights: one number per token [B,T,1] -> [B,T',1];
+    back: (rows [B,T',C], map [B,T]) -> [B,T,C]; front: rows [B,T',C] -> [B,p,C], the leading tokens of each frame, where frames were folded.
     """
 
     indices: tuple[Node, Node, Node]
     rows: Callable[[Builder, Node], Node]
     weights: Callable[[Builder, Node], Node]
+    back: Callable[[Builder, Node, Node], Node] = lambda at, rows, places: at.unmerge_tokens(rows, places)
+    front: Callable[[Builder, Node], Node] = lambda at, rows: rows
 
 
 def merging(b: Builder, match: Node, size: Node | None) -> Reducer:
@@ -71,19 +74,22 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     reducer = emit(b, sizes)
     reduced = reducer.rows(b, rows_of(b, value, place.layout))
     rows = b.item(reduced, 0)
-    fewer = restored(b, rows, value, place.layout)
+    fewer = restored(b, rows, value, place.layout, place.fold)
     size = b.item(reduced, 1)
     compose(graph, axes, place, b, reducer.indices)
     for node in place.downstream:
         node.replace_input_with(value, fewer)
-    seams = open_seams(graph, place)
+    seams = open_seams(graph, axes, place)
     merge_companions(graph, axes, place, b, reducer.weights)
     if not _is_silent(reduced):
         Carrier(graph, axes, place, b, size).carry()
-    rederive_lengths(graph, axes, {fewer.name: (place.axis.atom, shape_of(rows)[1])})
-    if seams:
+    along = {place.clips.axis.atom: place.clips.fewer} if place.clips else {}
+    rederive_lengths(graph, axes, {fewer.name: (place.axis.atom, shape_of(rows)[1])}, along=along)
+    close_seams(graph, axes, place, [seam for seam in seams if seam.front], b, reducer.front)
+    whole = [seam for seam in seams if not seam.front]
+    if whole:
         places = b.source_map(*reducer.indices)
-        close_seams(graph, axes, place, seams, b, lambda at, rows: at.unmerge_tokens(rows, places))
+        close_seams(graph, axes, place, whole, b, lambda at, rows: reducer.back(at, rows, places))
     return graph.clean()
 
 

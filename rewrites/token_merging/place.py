@@ -21,6 +21,7 @@ from paretorch.ir.ops import is_op
 from paretorch.ir.ops.tokens import is_match, is_reduction
 from paretorch.rewrites.layer_skipping.skip import region
 from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
+from paretorch.rewrites.token_merging.clips import Clips, clips_of, needs_frames
 from paretorch.rewrites.token_merging.frames import Frames, frames_of
 from paretorch.rewrites.token_merging.reach import Cut, Reach, Start, reach_of
 from paretorch.rewrites.token_merging.rows import Layout, layout_of
@@ -32,7 +33,8 @@ class Place:
     """mixer: the self-attention; value: the stream's value after its block; protected: leading tokens that must stay;
     downstream: all that will read merged tokens, in order; largest: the most tokens that may be merged; batch: the batch's atoms;
     cuts: where the tokens are brought back; read: the places of those of the leading tokens that the model reads one by one;
-    room: as largest, for what need not leave half of them; frames: what tells that the tokens are frames, if anything does."""
+    room: as largest, for what need not leave half of them; frames: what tells that the tokens are frames, if anything does;
+    clips: which rows of the batch are folded into one, if any are. All numbers are of tokens in one row before that."""
 
     mixer: Node
     value: Node
@@ -46,10 +48,16 @@ class Place:
     read: tuple[int, ...] = ()
     room: int = 0
     frames: Frames | None = None
+    clips: Clips | None = None
+
+    @property
+    def fold(self) -> int:
+        """How many rows of the batch become one here."""
+        return self.clips.fold if self.clips else 1
 
 
-def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place | str:
-    """The place that belongs to one self-attention, or a sentence that says what forbids it."""
+def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str, folds: bool = False) -> Place | str:
+    """The place that belongs to one self-attention, or a sentence that says what forbids it. folds: whether frames in the batch are joined."""
     nodes = {node.name: node for node in graph.nodes}
     mixer, atom = nodes[name], axis.atom
     if not is_op(mixer, "attention"):
@@ -73,13 +81,16 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     taken = next((node for node in downstream if is_reduction(node) and _takes(node, value)), None)
     if taken is not None:
         return f"tokens are merged after {named(mixer)} already, by {taken.meta.get('rule') or taken.name}"
-    reach = _forbidden(graph, facts, axis, mixer, value, downstream, batch)
+    clips = clips_of(graph, facts, named(mixer), batch, downstream) if folds else None
+    if isinstance(clips, str):
+        return clips
+    reach = _forbidden(graph, facts, axis, mixer, value, downstream, batch, clips)
     if isinstance(reach, str):
         return reach
     protected, read = leading_tokens(graph, facts.axes, axis, downstream), read_tokens(graph, facts.axes, axis, downstream)
     room = min([atom.size - protected - 1, *(_slack(node) for node in reach.merged if is_match(node))])
     largest, frames = min((atom.size - protected) // 2, room), frames_of(graph, facts.axes, axis)
-    return Place(mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames)
+    return Place(mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames, clips)
 
 
 def named(node: Node) -> str:
@@ -164,16 +175,19 @@ def _slack(node: Node) -> int:
 
 
 def _forbidden(
-    graph: Graph, facts: Facts, axis: TokenAxis, mixer: Node, value: Node, downstream: Sequence[Node], batch: tuple[Atom, ...]
-) -> Reach | str:
+    graph: Graph, facts: Facts, axis: TokenAxis, mixer: Node, value: Node, downstream: Sequence[Node], batch: tuple[Atom, ...],
+    clips: Clips | None = None,
+) -> Reach | str:  # fmt: skip
     """What a merge of the value reaches; a sentence about the first thing that needs all tokens if that leaves nothing to save."""
     whole = needs_all(graph, facts, axis, mixer, downstream, batch)
+    if clips is not None:
+        whole = _either(whole, needs_frames(graph, facts, axis, clips))
 
     @cache
     def inside(before: Node) -> set[Node]:
         return _block_after(graph, facts, before)
 
-    reach = reach_of(Start(facts.axes, axis, value, batch, whole, inside), downstream)
+    reach = reach_of(Start(facts.axes, axis, value, batch, whole, inside, clips), downstream)
     if not reach.merged or (reach.cuts and not reach.works):
         reason = reach.cuts[0].reason if reach.cuts else next((why for node in downstream if (why := whole(node))), _unread(value, axis))
         return f"{reason}; no product between {value.name} and there would run on fewer tokens"
@@ -194,6 +208,10 @@ def needs_all(
         return paired_rows(facts.axes, axis, (node,), batch) or next((reason for reason in reasons if reason), None)
 
     return whole
+
+
+def _either(first: Callable[[Node], str | None], second: Callable[[Node], str | None]) -> Callable[[Node], str | None]:
+    return lambda node: first(node) or second(node)
 
 
 def _unread(value: Node, axis: TokenAxis) -> str:

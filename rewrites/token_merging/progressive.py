@@ -52,7 +52,8 @@ class Technique:
 
     forms: its knob's values, the identity first, then weaker to stronger; each form is offered, and its loss measured, on its own.
     count: (knob, how many tokens might go where the model begins with them) -> how many go; emit: what to put at a place.
-    refuse: a sentence for a place that has not what the technique needs; largest: the most tokens that it may take at a place.
+    refuse: a sentence for a place that has not what the technique needs; largest: the most tokens that it may take at a place;
+    folds: whether it joins frames that are rows of the batch, and counts the tokens of those that become one row.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Technique:
     emit: Callable[[Step], Reducer]
     refuse: Callable[[Place], str | None] = lambda place: None
     largest: Callable[[Place], int] = lambda place: place.largest
+    folds: bool = False
 
     @property
     def identity(self) -> Knob:
@@ -84,7 +86,7 @@ def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | R
         # A step that works proves those that reach no more than it does, as later ones mostly do.
         again, proven = is_match(graph.node(axis.atom.born)), set[Node | Cut]()
         for mixer in axis.mixers:
-            place = find_place(graph, facts, axis, mixer)
+            place = find_place(graph, facts, axis, mixer, technique.folds)
             refusal = place if isinstance(place, str) else technique.refuse(place)
             if isinstance(place, str) or refusal:
                 yield Refusal(name, mixer, str(refusal))
@@ -139,7 +141,7 @@ def shorten(technique: Technique, graph: Graph, site: Site, knob: Knob) -> Graph
     axis = next((axis for axis in facts.axes.tokens if site.name in axis.mixers), None)
     if axis is None:
         raise PlanError(f"{technique.name}: no self-attention is named {site.name} here; an earlier rewrite took it out or changed it")
-    place = find_place(graph, facts, axis, site.name)
+    place = find_place(graph, facts, axis, site.name, technique.folds)
     refusal = place if isinstance(place, str) else technique.refuse(place)
     if isinstance(place, str) or refusal:
         raise PlanError(f"{technique.name} at {site.name}: {refusal}")
@@ -155,7 +157,7 @@ def shorten(technique: Technique, graph: Graph, site: Site, knob: Knob) -> Graph
 
 def _free(graph: Graph, axes: AxisFacts, place: Place) -> int:
     """How many tokens the model begins with that are not read by place: what shares are of, in whichever order steps are put in."""
-    return int(whole_of(graph, axes, place.axis.atom).size) - place.protected
+    return (int(whole_of(graph, axes, place.axis.atom).size) - place.protected) * place.fold
 
 
 def _depth(graph: Graph, axes: AxisFacts, place: Place) -> float:

@@ -18,6 +18,7 @@ from paretorch.ir.analyze import Atom, AxisFacts, TokenAxis
 from paretorch.ir.graph import arguments, origin_of, shape_of, tensor_type
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import TensorType, from_fake
+from paretorch.rewrites.token_merging.clips import Clips, meets_frames
 from paretorch.rewrites.token_merging.rows import layout_of, may_weigh, weight_chain
 
 PRODUCTS = ("matrix", "convolution", "attention")
@@ -49,7 +50,7 @@ class Reach:
 @dataclass(frozen=True)
 class Start:
     """value: what is merged; batch: its batch's atoms; whole: why a node must see all tokens, or None; inside: of the residual block that
-    begins with a value, the nodes up to the block's end (none if no block does)."""
+    begins with a value, the nodes up to the block's end (none if no block does); clips: the part of the batch that gets shorter with them."""
 
     axes: AxisFacts
     axis: TokenAxis
@@ -57,6 +58,12 @@ class Start:
     batch: tuple[Atom, ...]
     whole: Callable[[Node], str | None]
     inside: Callable[[Node], set[Node]]
+    clips: Clips | None = None
+
+    @property
+    def family(self) -> frozenset[int]:
+        """The numbers of all atoms that get shorter."""
+        return self.axis.family | (self.clips.axis.family if self.clips else frozenset())
 
 
 def reach_of(start: Start, downstream: Sequence[Node]) -> Reach:
@@ -87,17 +94,17 @@ def _spread(start: Start, downstream: Sequence[Node], held: dict[Node, str]) -> 
             cuts += [Cut(value, node, reason) for value in given]
             continue
         merged.append(node)
-        if carries(start.axes, start.axis, node):
+        if carries(start.axes, start.family, node):
             short.add(node)
     return Reach(tuple(merged), tuple(cuts))
 
 
-def carries(axes: AxisFacts, axis: TokenAxis, node: Node) -> bool:
-    """Whether a value, or one of several that a node makes, has the axis or one whose length depends on it."""
+def carries(axes: AxisFacts, family: frozenset[int], node: Node) -> bool:
+    """Whether a value, or one of several that a node makes, has an axis of a family."""
     if node.name in axes.maps:
-        return any(atom.number in axis.family for atoms in axes.maps[node.name] for atom in atoms)
+        return any(atom.number in family for atoms in axes.maps[node.name] for atom in atoms)
     several = isinstance(node.meta.get("val"), (tuple, list))
-    return several and any(carries(axes, axis, user) for user in node.users)
+    return several and any(carries(axes, family, user) for user in node.users)
 
 
 def _returned(start: Start, value: Node) -> str:
@@ -109,7 +116,7 @@ def _meeting(start: Start, node: Node, short: set[Node]) -> str | None:
     ours = getattr(node.target, "namespace", "") == "paretorch"
     told = {value for name, value in arguments(node).items() if name in TOLD and isinstance(value, Node)} if ours else set()
     others = [argument for argument in node.all_input_nodes if argument not in short and argument not in told]
-    full = [other for other in others if carries(start.axes, start.axis, other) or _aligned(start, node, other, short)]
+    full = [other for other in others if carries(start.axes, start.family, other) or _aligned(start, node, other, short)]
     full = [other for other in full if not _is_weight(start, node, other)]
     if not full:
         return None
@@ -119,6 +126,8 @@ def _meeting(start: Start, node: Node, short: set[Node]) -> str | None:
 def _aligned(start: Start, node: Node, other: Node, short: set[Node]) -> bool:
     """Whether an operand of an elementwise op has a length where another has the axis."""
     op = op_of(node)
+    if start.clips is not None and meets_frames(start.axes, start.clips, node, other, short.intersection(node.all_input_nodes)):
+        return True
     if op is None or op.axes != "pointwise" or not isinstance(from_fake(other.meta["val"]), TensorType):
         return False
     sizes = shape_of(other)
@@ -126,14 +135,14 @@ def _aligned(start: Start, node: Node, other: Node, short: set[Node]) -> bool:
         if value not in short:
             continue
         for place, atoms in enumerate(reversed(start.axes.maps.get(value.name, ())), 1):
-            if place <= len(sizes) and sizes[-place] != 1 and any(atom.number in start.axis.family for atom in atoms):
+            if place <= len(sizes) and sizes[-place] != 1 and any(atom.number in start.family for atom in atoms):
                 return True
     return False
 
 
 def _is_weight(start: Start, node: Node, other: Node) -> bool:
-    """Whether an operand is a weight per token: it is merged along."""
-    return other in may_weigh(node) and weight_chain(start.axes, start.axis.atom, start.batch, other) is not None
+    """Whether an operand is a weight per token: it is merged along, but not folded."""
+    return start.clips is None and other in may_weigh(node) and weight_chain(start.axes, start.axis.atom, start.batch, other) is not None
 
 
 def _held_back(start: Start, reach: Reach) -> dict[Node, str]:

@@ -48,9 +48,11 @@ def rows_of(b: Builder, value: Node, layout: Layout) -> Node:
     return b.call(aten("reshape.default"), (moved, [-1, shape[layout.token], width]))
 
 
-def restored(b: Builder, rows: Node, value: Node, layout: Layout) -> Node:
-    """Rows [B, T', the rest] in the layout that the value has."""
-    shape = shape_of(value)
+def restored(b: Builder, rows: Node, value: Node, layout: Layout, fold: int = 1) -> Node:
+    """Rows [B, T', the rest] in the layout that the value has, of which so many rows were folded into one."""
+    shape = list(shape_of(value))
+    if fold > 1 and isinstance(shape[layout.batch[-1]], int):
+        shape[layout.batch[-1]] //= fold
     rest = [dim for dim in range(len(shape)) if dim != layout.token and dim not in layout.batch]
     order = [*layout.batch, layout.token, *rest]
     if len(layout.batch) != 1 or len(rest) != 1:

@@ -217,7 +217,7 @@ def merge_within(rule: str, graph: Graph, scope: Scope, shorten: Callable[[Build
     for node in place.downstream:
         node.replace_input_with(place.value, merged)
     merge_companions(graph, axes, place, b, short.merge)
-    seams = open_seams(graph, place)
+    seams = open_seams(graph, axes, place)
     Carrier(graph, axes, place, b, short.sizes).carry()
     rederive_lengths(graph, axes, {merged.name: (place.axis.atom, tensor_type(short.rows).shape[1])})
     close_seams(graph, axes, place, seams, b, short.bring_back)

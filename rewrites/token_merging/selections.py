@@ -45,6 +45,8 @@ def read_tokens(graph: Graph, axes: AxisFacts, axis: TokenAxis, downstream: Iter
 
 def selected(graph: Graph, axes: AxisFacts, atom: Atom, node: Node) -> int:
     """How many leading tokens a selection by place needs to keep theirs; -1 if it needs later ones, or more than half of all."""
+    if is_op(node, "fold_frames", "unfold_frames"):
+        return int(arguments(node)["leading"]) * (int(arguments(node)["count"]) if is_op(node, "unfold_frames") else 1)
     if not is_op(node, "select", "slice", "split"):
         return -1
     whole = whole_of(graph, axes, atom)
@@ -62,6 +64,8 @@ def selected(graph: Graph, axes: AxisFacts, atom: Atom, node: Node) -> int:
 
 def _read(graph: Graph, axes: AxisFacts, atom: Atom, node: Node) -> range:
     """The places of the tokens that a selection takes, if these are some leading ones and not all behind a place."""
+    if is_op(node, "fold_frames", "unfold_frames"):
+        return range(selected(graph, axes, atom, node))
     start, until = _start(graph, axes, whole_of(graph, axes, atom), node), selected(graph, axes, atom, node)
     if start is None or until < 0 or (is_op(node, "slice") and (arguments(node).get("start") or 0) > 0):
         return range(0)
