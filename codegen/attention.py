@@ -17,6 +17,7 @@ from paretorch.codegen.templates.split_attention import MOST_SPLITS, PROGRAMS
 from paretorch.codegen.whole_op import Built, Effort, WholeOp, stride_kind, stride_kinds
 from paretorch.ir.graph import arguments, shape_of
 from paretorch.ir.ops import op_of
+from paretorch.ir.ops.attention import COUNTS
 from paretorch.ir.types import DTYPES
 
 HELD = ("f32", "f16", "bf16")
@@ -67,6 +68,16 @@ def _hidden(node: Node, given: dict[str, Any], scores: tuple[Any, ...]) -> str |
             return f"{node.name} has a mask of {list(own)}, which is not broadcast to {list(scores)}"
     if bias is not None and (len(shape_of(bias)) != 2 or shape_of(bias)[1] != scores[3] or shape_of(bias)[0] not in (1, scores[0])):
         return f"{node.name} has a key bias of {list(shape_of(bias))}; the template takes {[scores[0], scores[3]]}"
+    return _counted(node, given.get("lengths"), (scores[0], scores[2]))
+
+
+def _counted(node: Node, lengths: Node | None, rows: tuple[Any, Any]) -> str | None:
+    """Why numbers of keys cannot be taken, if so. rows: batch and queries."""
+    if lengths is None:
+        return None
+    shape, dtype = shape_of(lengths), dtype_of(lengths)
+    if dtype not in COUNTS or len(shape) != 2 or any(size not in (1, most) for size, most in zip(shape, rows, strict=True)):
+        return f"{node.name} has lengths {dtype}{list(shape)}; the template takes {' or '.join(COUNTS)} {list(rows)}, or one for all"
     return None
 
 
@@ -74,7 +85,7 @@ def goes_first(node: Node) -> bool:
     """Where torch would make a mask for it, and run a kernel that reads one; plain and causal attention it has kernels for."""
     facts = facts_of(node)
     banded = facts.left >= 0 or (facts.right >= 0 and (facts.right, facts.offset) != (0, 0))
-    return banded or facts.mask is not None or facts.key_bias is not None or facts.softcap != 0.0
+    return banded or facts.softcap != 0.0 or any(given is not None for given in (facts.mask, facts.key_bias, facts.lengths))
 
 
 def effort(node: Node) -> Effort:
@@ -207,6 +218,9 @@ def reference(facts: Facts, names: dict[Node, str]) -> tuple[str, ...]:
         lines.append('scores = scores.masked_fill(~mask, float("-inf"))' if hidden else "scores = scores + mask.float()")
     if facts.key_bias is not None:
         lines.append("scores = scores + key_bias.float()[:, None, None, :]")
+    if facts.lengths is not None:
+        lines.append("uncounted = torch.arange(key.shape[2], device=key.device) >= lengths[:, None, :, None]")
+        lines.append('scores = scores.masked_fill(uncounted, float("-inf"))')
     if facts.left >= 0 or facts.right >= 0:
         lines.append("place = torch.arange(key.shape[2], device=key.device)")
         lines.append(f"distance = place - torch.arange(query.shape[2], device=key.device)[:, None] - {facts.offset}")

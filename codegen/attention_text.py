@@ -33,6 +33,7 @@ class Facts:
     scale: float
     mask: Node | None = None
     key_bias: Node | None = None
+    lengths: Node | None = None
     left: int = -1
     right: int = -1
     sinks: int = 0
@@ -52,6 +53,7 @@ class Facts:
     def roles(self) -> dict[str, Node]:
         """What is read, by the name of its argument."""
         found = {"query": self.query, "key": self.key, "value": self.value, "mask": self.mask, "key_bias": self.key_bias}
+        found["lengths"] = self.lengths
         return {name: node for name, node in found.items() if node is not None}
 
     @property
@@ -61,8 +63,8 @@ class Facts:
 
     @property
     def axes(self) -> dict[str, tuple[int, ...]]:
-        """The axes along which a mask and a bias differ."""
-        given = {"mask": self.mask, "key_bias": self.key_bias}
+        """The axes along which a mask, a bias and lengths differ."""
+        given = {"mask": self.mask, "key_bias": self.key_bias, "lengths": self.lengths}
         return {
             name: tuple(axis for axis, size in enumerate(shape_of(node)) if size != 1 or (name, axis) == ("key_bias", 1))
             for name, node in given.items()
@@ -71,7 +73,7 @@ class Facts:
 
     @property
     def beside(self) -> dict[str, int]:
-        """The last axis of a mask and a bias, where it lies in memory one element after another, which their blocks are then read by."""
+        """The last axis of a mask, a bias and lengths, where it lies in memory one element after another, which their blocks are then read by."""
         last = {name: axes[-1] for name, axes in self.axes.items() if axes}
         whole = {name: axis for name, axis in last.items() if axis == len(shape_of(self.roles[name])) - 1}
         return {name: axis for name, axis in whole.items() if layout_of(self.roles[name], name).known[axis] == 1}
@@ -79,6 +81,16 @@ class Facts:
     def stride(self, name: str, axis: int) -> str:
         """ " * mask_s2", or nothing for a stride of one."""
         return "" if self.beside.get(name) == axis else f" * {name}_s{axis}"
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether each query has a number of keys of its own."""
+        return 1 in self.axes.get("lengths", ())
+
+    @property
+    def ends_rows(self) -> bool:
+        """Whether rows of a block may end at different keys."""
+        return self.right >= 0 or self.counts_rows
 
     @property
     def adds_mask(self) -> bool:
@@ -123,7 +135,7 @@ def device_text(facts: Facts, kernel: str, parameters: Sequence[tuple[str, str]]
         parameters=signature_text(parameters, constants),
         place=lines(_place(facts, rows)),
         rows=rows,
-        rows_of=lines(_rows_of(facts)),
+        rows_of=lines([*_rows_of(facts), *_lengths(facts)]),
         wide=sizes["wide"],
         bounds=lines(_bounds(facts, rows)),
         clear=clear,
@@ -176,18 +188,37 @@ def _rows_of(facts: Facts) -> list[str]:
     return [f"token, query_head = row // {facts.group}, head * {facts.group} + row % {facts.group}"]
 
 
+def _lengths(facts: Facts) -> list[str]:
+    """`keys` becomes the number of those that a row of this block sees, `count` that of each row where these differ."""
+    if facts.lengths is None:
+        return []
+    terms = {0: f"sample{facts.stride('lengths', 0)}", 1: f"token{facts.stride('lengths', 1)}"}
+    found = f"tl.load({' + '.join(['lengths_ptr', *(terms[axis] for axis in facts.axes['lengths'])])}"
+    if not facts.counts_rows:
+        return [f"keys = tl.minimum(tl.maximum({found}), 0), keys).to(tl.int32)"]
+    return [
+        f"count = tl.minimum(tl.maximum({found}, mask=inside, other=0), 0), keys).to(tl.int32)",
+        "keys = tl.max(count, 0)",
+    ]
+
+
 def _bounds(facts: Facts, rows: str) -> list[str]:
     """The numbers of blocks of keys: those from `begin` to `end` are seen by a row, those from `clear_begin` to `clear_end` by every row."""
-    found = ["end, clear_end = tl.cdiv(keys, BLOCK_KEYS), keys // BLOCK_KEYS"]
+    clear = "tl.min(tl.where(inside, count, keys), 0)" if facts.counts_rows else "keys"
+    found = [f"end, clear_end = tl.cdiv(keys, BLOCK_KEYS), {clear} // BLOCK_KEYS"]
+    if facts.counts_rows:
+        found.append("last_key = count - 1")
     if facts.left >= 0 or facts.right >= 0:
         group = "" if facts.group == 1 else f" // {facts.group}"
         first, last = "block * BLOCK_ROWS", f"tl.minimum((block + 1) * BLOCK_ROWS, {rows}) - 1"
         found.append(f"first, last = {first}{group}, {f'({last}){group}' if group else last}")
     if facts.right >= 0:
-        found.append(f"last_key = tl.minimum(token{_signed(facts.offset + facts.right)}, keys - 1)")
+        own = "last_key" if facts.counts_rows else "keys - 1"
+        found.append(f"last_key = tl.minimum(token{_signed(facts.offset + facts.right)}, {own})")
         after = _signed(facts.offset + facts.right + 1)
         found.append(f"end = tl.cdiv(tl.minimum(tl.maximum(last{after}, 0), keys), BLOCK_KEYS)")
-        found.append(f"clear_end = tl.minimum(tl.maximum(first{after}, 0), keys) // BLOCK_KEYS")
+        seen_by_all = f"tl.minimum(tl.maximum(first{after}, 0), keys) // BLOCK_KEYS"
+        found.append(f"clear_end = {f'tl.minimum(clear_end, {seen_by_all})' if facts.counts_rows else seen_by_all}")
     if facts.left >= 0:
         first_key = f"token{_signed(facts.offset - facts.left)}"
         found.append(f"first_key = {f'tl.minimum({first_key}, keys)' if facts.sinks > 0 else first_key}")
@@ -268,7 +299,7 @@ def _scores(facts: Facts, *, is_edge: bool) -> list[str]:
 
 def _seen(facts: Facts) -> list[str]:
     """The keys of an edge that a row sees: one comparison for each side."""
-    last = "place[None, :] <= last_key[:, None]" if facts.right >= 0 else "(place < keys)[None, :]"
+    last = "place[None, :] <= last_key[:, None]" if facts.ends_rows else "(place < keys)[None, :]"
     found = [f"scores = tl.where({last}, scores, {HIDDEN})"]
     if facts.left >= 0:
         back = "place"

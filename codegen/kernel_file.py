@@ -95,6 +95,12 @@ EXAMPLE_TYPE = """\
         dtype = torch.float32  # triton's interpreter has no products of bf16
 """
 
+EXAMPLE_COUNT = """\
+    if dtype in (torch.int32, torch.int64):  # numbers of keys
+        most = EXAMPLES[1][0][2]
+        return torch.randint(0, most + 1, shape, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+"""
+
 LAID = '''\
 def laid(x, unit, pairs):
     """x itself where that axis has stride one and each pair of axes is passed over as one, else a contiguous copy."""
@@ -193,7 +199,7 @@ def file_of(region: Region, parts: FileParts) -> str:
         name=parts.name,
         writes=f"({', '.join(writes)})" if len(writes) > 1 else writes[0],
         reference=_lines(parts.reference),
-        example_type=EXAMPLE_TYPE if "tl.dot(" in parts.kernel else "",
+        example_type=(EXAMPLE_TYPE if "tl.dot(" in parts.kernel else "") + (EXAMPLE_COUNT if "lengths_ptr" in parts.kernel else ""),
         examples="\n".join(
             f"    ({_numbers(shape_of(node))}, {_numbers(_strides(node))}, {DTYPES[dtype_of(node)]})," for node in region.reads
         ),
