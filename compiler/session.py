@@ -123,7 +123,7 @@ class Session:
 
     def cost(self, graph: Graph, runtime: str, weights: int | None = None) -> Cost:
         """Predicted cost of one call; on the Triton runtime that of its planned regions."""
-        return self.fusion.plan(graph).cost if runtime == RUNTIME else self.prices.graph_cost(graph, runtime, weights)
+        return self.fusion.plan(self.fusion.form(graph)).cost if runtime == RUNTIME else self.prices.graph_cost(graph, runtime, weights)
 
     @cached_property
     def fusion(self) -> Fusion:
@@ -392,6 +392,7 @@ def open_session(
         executor=executor,
         notes=notes,
     )
+    session.lowering.form = lambda graph, runtime: session.fusion.form(graph) if runtime == RUNTIME else graph
     if RUNTIME in usable:
         usable[RUNTIME] = TritonRuntime(lambda graph: session.fusion.plan(graph).priced)
     return session

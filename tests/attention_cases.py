@@ -42,8 +42,8 @@ class Hiding:
     more: Callable[[str, Lengths], dict[str, str]] = lambda dtype, at: {}
 
     def function(self, b: Any, query: Any, key: Any, value: Any, **more: Any) -> Any:
-        options = {"scale": 0.3, **self.options}
-        return b.attention(query, key, value, more.get("mask"), more.get("key_bias"), more.get("lengths"), **options)
+        options = {"scale": 0.3, **self.options, **({"lengths": more["lengths"]} if "lengths" in more else {})}
+        return b.attention(query, key, value, more.get("mask"), more.get("key_bias"), **options)
 
     def types(self, dtype: str, at: Lengths) -> dict[str, str]:
         return {**at.types(dtype), **self.more(dtype, at)}
@@ -82,6 +82,7 @@ HIDING: dict[str, Hiding] = {
     "softcap": Hiding({"softcap": 2.0, "right": 0}),
     "negative": Hiding({"scale": -0.2}),
 }
+
 
 def inputs_of(graph: Graph, seed: int = 0) -> list[Tensor]:
     """Random inputs; numbers of keys from below none to above all."""

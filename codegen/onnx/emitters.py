@@ -33,13 +33,15 @@ FLOAT, UINT8, INT8, INT16, INT32, INT64, BOOL = 1, 2, 3, 5, 6, 7, 9  # onnx.Tens
 
 
 def attention(
-    op: Any, query: Any, key: Any, value: Any, mask: Any = None, key_bias: Any = None, lengths: Any = None, *,
-    scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
+    op: Any, query: Any, key: Any, value: Any, mask: Any = None, key_bias: Any = None, *,
+    lengths: Any = None, scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
 ) -> Any:  # fmt: skip
     """paretorch::attention; see the card of `paretorch.ir.ops.attention`."""
     plainly_causal = left < 0 and right == 0 and offset == 0
     unhidden = left < 0 and right < 0
-    is_plain = mask is None and key_bias is None and lengths is None and softcap == 0.0 and scale > 0.0  # ONNX Runtime's Attention takes no other scale
+    is_plain = (
+        mask is None and key_bias is None and lengths is None and softcap == 0.0 and scale > 0.0
+    )  # ONNX Runtime's Attention takes no other scale
     if op.version >= 23 and is_plain and (plainly_causal or unhidden):
         return op.Attention(query, key, value, scale=scale, is_causal=int(plainly_causal))[0]
     form = _Form.of(op, query, key, value)

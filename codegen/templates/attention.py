@@ -2,11 +2,13 @@
 
 Types: f16, bf16 (products on matrix units, everything else in f32) and f32 (products in f32 proper). Reads query T[B,H,Tq,D], key T[B,Hk,Tk,D],
 value T[B,Hk,Tk,Dv] of any strides but a last one of one, a mask that is broadcast to [B,H,Tq,Tk] by the strides it has, a key bias T[B,Tk], and
-numbers of keys i64 or i32 [B or 1, Tq or 1]; writes T[B,H,Tq,Dv], laid out as [B,Tq,H,Dv]. Lengths, batch and key heads are arguments. A row in which nothing is seen gives zeros.
+numbers of keys i64 or i32 [B or 1, Tq or 1]; writes T[B,H,Tq,Dv], laid out as [B,Tq,H,Dv]. Lengths, batch and key heads are arguments. A row in
+which nothing is seen gives zeros.
 
 A program takes BLOCK_ROWS rows of one key head: the queries of all heads that share it, token by token, so that keys are read once for a group.
 Blocks of keys that positions, or the number of keys of a sample or a row, hide from all rows are neither visited nor read; those hidden from some,
-and the last one, are taken in a second loop, so that the first one tests nothing. Shared memory: the blocks of keys and values, one per stage, and that of the queries.
+and the last one, are taken in a second loop, so that the first one tests nothing. Shared memory: the blocks of keys and values, one per stage, and
+that of the queries.
 Sources: Dao 2023, arXiv:2307.08691; Milakov & Gimelshein 2018, arXiv:1805.02867.
 """
 

@@ -25,8 +25,8 @@ from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.table import Op, OpTemplate, aten, define
 
 SCHEMA = (
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? key_bias=None, "
-    "Tensor? lengths=None, *, float scale, int left=-1, int right=-1, int sinks=0, int offset=0, float softcap=0.0) -> Tensor"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? key_bias=None, *, "
+    "Tensor? lengths=None, float scale, int left=-1, int right=-1, int sinks=0, int offset=0, float softcap=0.0) -> Tensor"
 )
 COUNTS = ("i64", "i32")  # types of lengths
 
@@ -75,8 +75,8 @@ def with_lengths(mask: Tensor | None, seen: Tensor) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, key_bias: Tensor | None = None, lengths: Tensor | None = None, *,
-    scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, key_bias: Tensor | None = None, *,
+    lengths: Tensor | None = None, scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The op's meaning in torch; see the card of this module."""
     grouped = query.shape[1] != key.shape[1]
