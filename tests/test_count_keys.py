@@ -209,7 +209,7 @@ def test_a_plan_for_a_gpu_reads_lengths() -> None:
     result = paretorch.optimize(model, inputs, target="cuda:h100")
     made = [kernel for kernel in result.kernels if kernel.template == "attention"]
     assert [len(kernel.parts) for kernel in made] == [1], "keys are divided"
-    assert "keys = tl.max(count, 0)" in made[0].source
+    assert "keys = tl.minimum(tl.maximum(tl.load(lengths_ptr), 0), keys)" in made[0].source
     contender = result.contender
     assert contender is not None
     assert attentions(contender.graph)[0].kwargs["lengths"] is not None

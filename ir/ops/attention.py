@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from paretorch.ir.graph import arguments
 from paretorch.ir.ops.costs import inputs_and_output, output, type_of_argument
 from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.table import Op, OpTemplate, aten, define
@@ -110,10 +111,15 @@ def attention_flops(node: Node) -> Any:
     return 2 * prod(result.shape[:-1]) * key.shape[-2] * (query.shape[-1] + result.shape[-1])
 
 
+def attention_launches(node: Node) -> int:
+    """torch counts places and compares them before its own attention reads the mask."""
+    return 1 if arguments(node)["lengths"] is None else 3
+
+
 define(Op(
     name="attention", targets=(torch.ops.paretorch.attention.default,), kind="attention", flops=attention_flops,
     bytes=inputs_and_output, axes="attention", onnx="attention", triton=OpTemplate("attention"),
-    source="arXiv:1706.03762",
+    source="arXiv:1706.03762", launches=attention_launches,
 ))  # fmt: skip
 define(Op(
     name="scaled_dot_product_attention", targets=(aten("scaled_dot_product_attention.default"),), kind="attention",
