@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
+from typing import Any
 
 from torch.fx import Node
 
@@ -21,6 +22,7 @@ from paretorch.ir.graph import shape_of
 
 LOG2E = 1.4426950408889634
 HIDDEN = 'float("-inf")'
+PER_KEY = (("key_bias", 1), ("pages", 1))  # axes that are read along, whatever their size
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Facts:
     mask: Node | None = None
     key_bias: Node | None = None
     lengths: Node | None = None
+    pages: Node | None = None
     left: int = -1
     right: int = -1
     sinks: int = 0
@@ -43,17 +46,22 @@ class Facts:
     @property
     def is_split(self) -> bool:
         """Whether the keys are divided between programs: few rows, many keys, and too few heads to fill a chip."""
-        batch, key_heads, keys, _ = shape_of(self.key)
-        rows = shape_of(self.query)[2] * self.group
-        programs = batch * key_heads
+        rows, keys = shape_of(self.query)[2] * self.group, self.keys
+        programs = shape_of(self.query)[0] * shape_of(self.key)[1]
         few = isinstance(rows, int) and rows <= FEW_ROWS and not (isinstance(programs, int) and programs >= PROGRAMS)
         return few and not (isinstance(keys, int) and keys < LONG)
+
+    @property
+    def keys(self) -> Any:
+        """How many keys there are: those of the pages that the table names, if there is one."""
+        slots = shape_of(self.key)[2]
+        return slots if self.pages is None else slots * shape_of(self.pages)[1]
 
     @property
     def roles(self) -> dict[str, Node]:
         """What is read, by the name of its argument."""
         found = {"query": self.query, "key": self.key, "value": self.value, "mask": self.mask, "key_bias": self.key_bias}
-        found["lengths"] = self.lengths
+        found |= {"lengths": self.lengths, "pages": self.pages}
         return {name: node for name, node in found.items() if node is not None}
 
     @property
@@ -63,17 +71,16 @@ class Facts:
 
     @property
     def axes(self) -> dict[str, tuple[int, ...]]:
-        """The axes along which a mask, a bias and lengths differ."""
-        given = {"mask": self.mask, "key_bias": self.key_bias, "lengths": self.lengths}
+        """The axes along which a mask, a bias, lengths and pages differ."""
+        given = {name: node for name, node in self.roles.items() if name not in ("query", "key", "value")}
         return {
-            name: tuple(axis for axis, size in enumerate(shape_of(node)) if size != 1 or (name, axis) == ("key_bias", 1))
+            name: tuple(axis for axis, size in enumerate(shape_of(node)) if size != 1 or (name, axis) in PER_KEY)
             for name, node in given.items()
-            if node is not None
         }
 
     @property
     def beside(self) -> dict[str, int]:
-        """The last axis of a mask, a bias and lengths, where it lies in memory one element after another, which their blocks are then read by."""
+        """The last axis of each of them, where it lies in memory one element after another; blocks are then read along it."""
         last = {name: axes[-1] for name, axes in self.axes.items() if axes}
         whole = {name: axis for name, axis in last.items() if axis == len(shape_of(self.roles[name])) - 1}
         return {name: axis for name, axis in whole.items() if layout_of(self.roles[name], name).known[axis] == 1}
@@ -137,6 +144,8 @@ def device_text(facts: Facts, kernel: str, parameters: Sequence[tuple[str, str]]
         rows=rows,
         rows_of=lines([*_rows_of(facts), *_lengths(facts)]),
         wide=sizes["wide"],
+        key_sample="sample * key_s0 + " if facts.pages is None else "",
+        value_sample="sample * value_s0 + " if facts.pages is None else "",
         bounds=lines(_bounds(facts, rows)),
         clear=clear,
         clear_step=_step(facts, width, value_width, is_edge=False),
@@ -266,6 +275,7 @@ def _step(facts: Facts, width: int, value_width: int, *, is_edge: bool) -> str:
     return Template(STEP).substitute(
         block=lines(block, 2),
         start=start,
+        at=lines(_slots(facts, is_edge=is_edge), 2),
         key_mask=_masked("(place < keys)[None, :]" if is_edge else "", narrow(width, "[:, None]")),
         scores=lines(_scores(facts, is_edge=is_edge), 2),
         scaled=f" * {facts.scale * LOG2E!r}" if facts.is_plain else "",
@@ -274,6 +284,22 @@ def _step(facts: Facts, width: int, value_width: int, *, is_edge: bool) -> str:
             "(place < keys)[:, None]" if is_edge else "", narrow(value_width, "[None, :]").replace("column", "value_column")
         ),
     )
+
+
+def _slots(facts: Facts, *, is_edge: bool) -> list[str]:
+    """Where the keys and values of a block lie behind the start of their head."""
+    if facts.pages is None:
+        return ["key_at, value_at = place.to(tl.int64) * key_s2, place.to(tl.int64) * value_s2"]
+    sample = "sample * pages_s0 + " if 0 in facts.axes["pages"] else ""
+    slots = shape_of(facts.key)[2]
+    number = f"(place // {slots})" if "pages" in facts.beside else f"(place // {slots}).to(tl.int64)"
+    mask = ", mask=place < keys, other=0" if is_edge else ""
+    return [
+        f"page = tl.load(pages_ptr + {sample}{number}{facts.stride('pages', 1)}{mask}).to(tl.int64)",
+        "page = tl.minimum(tl.maximum(tl.where(page < 0, page + pool, page), 0), pool - 1)",
+        f"slot = (place % {slots}).to(tl.int64)",
+        "key_at, value_at = page * key_s0 + slot * key_s2, page * value_s0 + slot * value_s2",
+    ]
 
 
 def _masked(first: str, second: str) -> str:

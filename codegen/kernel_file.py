@@ -96,9 +96,9 @@ EXAMPLE_TYPE = """\
 """
 
 EXAMPLE_COUNT = """\
-    if dtype in (torch.int32, torch.int64):  # numbers of keys
-        most = EXAMPLES[1][0][2]
-        return torch.randint(0, most + 1, shape, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    if dtype in (torch.int32, torch.int64):  # numbers of keys, or pages
+        most = ${most}
+        return torch.randint(0, most, shape, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
 """
 
 LAID = '''\
@@ -199,11 +199,20 @@ def file_of(region: Region, parts: FileParts) -> str:
         name=parts.name,
         writes=f"({', '.join(writes)})" if len(writes) > 1 else writes[0],
         reference=_lines(parts.reference),
-        example_type=(EXAMPLE_TYPE if "tl.dot(" in parts.kernel else "") + (EXAMPLE_COUNT if "lengths_ptr" in parts.kernel else ""),
+        example_type=(EXAMPLE_TYPE if "tl.dot(" in parts.kernel else "") + _example_count(parts.kernel),
         examples="\n".join(
             f"    ({_numbers(shape_of(node))}, {_numbers(_strides(node))}, {DTYPES[dtype_of(node)]})," for node in region.reads
         ),
     )
+
+
+def _example_count(kernel: str) -> str:
+    """Whole numbers that a kernel of attention can take."""
+    if "pages_ptr" in kernel:
+        return EXAMPLE_COUNT.replace("${most}", "EXAMPLES[1][0][0]")
+    if "lengths_ptr" in kernel:
+        return EXAMPLE_COUNT.replace("${most}", "1 + max(row[0][2] for row in EXAMPLES if len(row[0]) == 4)")
+    return ""
 
 
 def wrapped(listed: str, by: int = 1) -> str:

@@ -36,6 +36,7 @@ from paretorch.ledger import Entry, Ledger
 from paretorch.plan import Choice
 from paretorch.pricing import pricing_of
 from paretorch.rewrites.apply import Candidate, apply_choice
+from paretorch.rewrites.normalize.read_pages import page_refusals
 from paretorch.rewrites.rule import MODEL, Refusal, Rule, Site
 from paretorch.search import BUDGET_SHARES, ConflictError, Point, Problem, search
 from paretorch.spread import Ahead, Sent, between_looks, running_plan, spread
@@ -393,6 +394,7 @@ def open_session(
         notes=notes,
     )
     session.lowering.form = lambda graph, runtime: session.fusion.form(graph) if runtime == RUNTIME else graph
+    session.refuse(page_refusals(graph) if RUNTIME in session.runtimes else ())
     if RUNTIME in usable:
         usable[RUNTIME] = TritonRuntime(lambda graph: session.fusion.plan(graph).priced)
     return session

@@ -3,7 +3,8 @@
 Types: f16, bf16 (products on matrix units, everything else in f32) and f32 (products in f32 proper). Reads query T[B,H,Tq,D], key T[B,Hk,Tk,D],
 value T[B,Hk,Tk,Dv] of any strides but a last one of one, a mask that is broadcast to [B,H,Tq,Tk] by the strides it has, a key bias T[B,Tk], and
 numbers of keys i64 or i32 [B or 1, Tq or 1]; writes T[B,H,Tq,Dv], laid out as [B,Tq,H,Dv]. Lengths, batch and key heads are arguments. A row in
-which nothing is seen gives zeros.
+which nothing is seen gives zeros. With a table of pages, i64 or i32 [B or 1, n], keys and values are T[P,Hk,S,D] and T[P,Hk,S,Dv], read through it;
+a page that the pool does not have is never read.
 
 A program takes BLOCK_ROWS rows of one key head: the queries of all heads that share it, token by token, so that keys are read once for a group.
 Blocks of keys that positions, or the number of keys of a sample or a row, hide from all rows are neither visited nor read; those hidden from some,
@@ -25,8 +26,8 @@ ${rows_of}
     column, value_column = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_VALUE)
     query_at = query_ptr + sample * query_s0 + (query_head * query_s1 + token.to(tl.int64) * query_s2)[:, None]
     query = tl.load(query_at + column[None, :], mask=inside[:, None]${wide}, other=0.0)
-    key_start = key_ptr + sample * key_s0 + head * key_s1
-    value_start = value_ptr + sample * value_s0 + head * value_s1
+    key_start = key_ptr + ${key_sample}head * key_s1
+    value_start = value_ptr + ${value_sample}head * value_s1
 ${bounds}
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -42,7 +43,7 @@ ${stores}
 STEP = """\
 ${block}
         place = ${start} + tl.arange(0, BLOCK_KEYS)
-        key_at, value_at = place.to(tl.int64) * key_s2, place.to(tl.int64) * value_s2
+${at}
         key = tl.load(key_start + key_at[None, :] + column[:, None]${key_mask})
         scores = tl.dot(query, key, input_precision="ieee")
 ${scores}

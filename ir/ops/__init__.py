@@ -7,6 +7,7 @@ from paretorch.ir.ops import (
     index,
     local_attention,
     matrix,
+    paged_attention,
     quantized,
     reduce,
     restore,
@@ -23,5 +24,16 @@ from paretorch.ir.ops.table import OPS, Missing, Op, OpTemplate, RowText, aten, 
 TOKEN_OPS: tuple[str, ...] = (*tokens.SCHEMAS, *token_choice.SCHEMAS, *token_context.SCHEMAS, *restore.SCHEMAS, *scoped.SCHEMAS)
 
 __all__ = ["OPS", "TOKEN_OPS", "Missing", "Op", "OpTemplate", "RowText", "aten", "define", "is_op", "op_of", "row"]
-__all__ += ["attention", "convolution", "elementwise", "index", "local_attention", "matrix", "quantized", "reduce", "restore"]
+__all__ += [
+    "attention",
+    "convolution",
+    "elementwise",
+    "index",
+    "local_attention",
+    "matrix",
+    "paged_attention",
+    "quantized",
+    "reduce",
+    "restore",
+]
 __all__ += ["scalar", "scoped", "shape", "token_choice", "token_context", "tokens"]
