@@ -153,14 +153,14 @@ def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Buil
     if not facts.is_split:
         parameters = (*pointers, *out, *strides, *sizes)
         text = device_text(facts, kernel, parameters, constants)
-        lines = (*_prepare(facts, names), *_launches(facts, kernel, parameters))
+        lines = (*_prepare(facts, names, schedule), *_launches(facts, kernel, parameters, options_of(schedule)))
         return Built(text, parameters, schedule, names, lines, reference(facts, names))
     shares = [("part_ptr", "*fp32"), ("level_ptr", "*fp32")]
     parameters = (*pointers, *shares, *strides, *sizes, ("splits", "i32"))
     second = (*shares, *out, ("queries", "i32"), ("heads", "i32"), ("splits", "i32"))
     options = {"BLOCK_SPLITS": MOST_SPLITS, "BLOCK_VALUE": schedule["BLOCK_VALUE"], "num_warps": 4}
     text = device_text(facts, kernel, parameters, constants) + combine_text(facts, kernel, second, ["BLOCK_SPLITS", "BLOCK_VALUE"])
-    lines = (*_prepare(facts, names), *_split_launches(facts, kernel, parameters, second, options))
+    lines = (*_prepare(facts, names, schedule), *_split_launches(facts, kernel, (parameters, options_of(schedule)), second, options))
     part = Part(f"{kernel}_combine", second, options)
     return Built(text, parameters, schedule, names, lines, reference(facts, names), (part,))
 
@@ -168,7 +168,7 @@ def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Buil
 Parameters = Sequence[tuple[str, str]]
 
 
-def _prepare(facts: Facts, names: dict[Node, str]) -> list[str]:
+def _prepare(facts: Facts, names: dict[Node, str], schedule: Schedule) -> list[str]:
     """Lines that bring operands into the layouts that are read, and make room for the result."""
     lines = [f"{role} = {names[operand]}" for role, operand in facts.roles.items() if names[operand] != role]
     lines += [f"{role} = laid({role}, 3, ())" for role in ("query", "key", "value")]
@@ -178,20 +178,26 @@ def _prepare(facts: Facts, names: dict[Node, str]) -> list[str]:
         "batch, query_heads, queries, _ = query.shape",
         "heads, keys, width = value.shape[1:]",
         *(["pool, keys = key.shape[0], keys * pages.shape[1]"] if facts.pages is not None else []),
+        *(["schedule = known(SCHEDULE, query)"] if "maxnreg" in schedule else []),
         "out = torch.empty((batch, queries, query_heads, width), dtype=query.dtype, device=query.device).transpose(1, 2)",
     ]
 
 
-def _launches(facts: Facts, kernel: str, parameters: Parameters) -> list[str]:
+def options_of(schedule: Schedule) -> str:
+    """The last argument of a launch."""
+    return "**schedule" if "maxnreg" in schedule else "**SCHEDULE"
+
+
+def _launches(facts: Facts, kernel: str, parameters: Parameters, schedule: str) -> list[str]:
     rows = "queries" if facts.group == 1 else f"queries * {facts.group}"
     return [
         "if out.numel() > 0:",
         f'    programs = triton.cdiv({rows}, SCHEDULE["BLOCK_ROWS"]) * heads * batch',
-        *_call(kernel, "programs", parameters, "**SCHEDULE"),
+        *_call(kernel, "programs", parameters, schedule),
     ]
 
 
-def _split_launches(facts: Facts, kernel: str, parameters: Parameters, second: Parameters, options: Schedule) -> list[str]:
+def _split_launches(facts: Facts, kernel: str, first: tuple[Parameters, str], second: Parameters, options: Schedule) -> list[str]:
     rows = "queries" if facts.group == 1 else f"queries * {facts.group}"
     shown = ", ".join(f"{name}={value}" for name, value in options.items())
     return [
@@ -200,7 +206,7 @@ def _split_launches(facts: Facts, kernel: str, parameters: Parameters, second: P
         f'    splits = min({MOST_SPLITS}, triton.cdiv({PROGRAMS}, programs), triton.cdiv(max(keys, 1), SCHEDULE["BLOCK_KEYS"]))',
         f"    level = torch.empty((batch * heads * {rows}, splits), dtype=torch.float32, device=query.device)",
         f"    part = torch.empty((batch * heads * {rows}, splits, width), dtype=torch.float32, device=query.device)",
-        *_call(kernel, "programs * splits", parameters, "**SCHEDULE"),
+        *_call(kernel, "programs * splits", *first),
         *_call(f"{kernel}_combine", "level.shape[0]", second, shown),
     ]
 

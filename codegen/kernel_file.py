@@ -50,7 +50,7 @@ SCHEDULE = {${options}}
 
 ${kernel}
 
-${laid}def launch(${reads}):
+${laid}${known}def launch(${reads}):
     """${launch_title}"""
 ${launches}
     return ${writes}
@@ -106,6 +106,15 @@ def laid(x, unit, pairs):
     """x itself where that axis has stride one and each pair of axes is passed over as one, else a contiguous copy."""
     fits = (unit is None or x.stride(unit) == 1) and all(x.stride(a) == x.stride(b) * x.shape[b] for a, b in pairs)
     return x if fits else x.contiguous()
+
+
+'''
+
+
+KNOWN = '''\
+def known(schedule, x):
+    """The options that the compiler of this device knows: a limit of registers is NVIDIA's."""
+    return schedule if x.is_cuda and torch.version.cuda else {name: value for name, value in schedule.items() if name != "maxnreg"}
 
 
 '''
@@ -193,6 +202,7 @@ def file_of(region: Region, parts: FileParts) -> str:
         options=options,
         kernel=parts.kernel,
         laid=LAID if any("laid(" in line for line in parts.launches) else "",
+        known=KNOWN if any("known(" in line for line in parts.launches) else "",
         reads=", ".join(reads),
         launch_title=f"{', '.join(reads)} -> {', '.join(writes)}; tensors on one device.",
         launches=_lines(parts.launches),

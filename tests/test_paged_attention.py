@@ -52,13 +52,14 @@ SIZES = {  # queries, slots of a page, pages of a sample
     "prime": (7, 5, 3),
     "power": (4, 16, 4),
     "more than a block": (3, 24, 8),
-    "few to many": (1, 16, 40),
+    "few to many": (1, 16, 33),
 }
 
 
 def lengths_at(size: str) -> Lengths:
     queries, slots, pages = SIZES[size]
-    return Lengths(2, 2, 2, queries, slots * pages, 12, 20)
+    many = 1 if size == "few to many" else 2
+    return Lengths(many, many, 2, queries, slots * pages, 12, 20)
 
 
 def types(hiding: Hiding, dtype: str, size: str, table: str = "i64") -> dict[str, str]:
@@ -103,7 +104,7 @@ def check(hiding: str, dtype: str, size: str) -> None:
 MATRIX = [(hiding, dtype, size) for hiding in HIDING for dtype in DTYPES for size in SIZES]
 
 
-@pytest.mark.parametrize(("hiding", "dtype", "size"), sorted(random.Random(2).sample(MATRIX, len(MATRIX) // 10)))
+@pytest.mark.parametrize(("hiding", "dtype", "size"), sorted(random.Random(2).sample(MATRIX, len(MATRIX) // 20)))
 def test_numbers(hiding: str, dtype: str, size: str) -> None:
     check(hiding, dtype, size)
 
@@ -114,8 +115,7 @@ def test_numbers_of_all(hiding: str, dtype: str, size: str) -> None:
     check(hiding, dtype, size)
 
 
-@pytest.mark.parametrize("hiding", ["nothing", "lengths", "sinks", "lengths of queries"])
-@pytest.mark.parametrize("size", ["prime", "few to many"])
+@pytest.mark.parametrize(("hiding", "size"), [("nothing", "prime"), ("lengths", "few to many"), ("lengths of queries", "prime")])
 def test_nothing_outside_is_touched(hiding: str, size: str) -> None:
     graph = graph_of(paged(HIDING[hiding]), **types(HIDING[hiding], "f32", size, "i32"))
     inputs = inputs_for(graph, size)
