@@ -177,7 +177,7 @@ def _prepare(facts: Facts, names: dict[Node, str], schedule: Schedule) -> list[s
         *lines,
         "batch, query_heads, queries, _ = query.shape",
         "heads, keys, width = value.shape[1:]",
-        *(["pool, keys = key.shape[0], keys * pages.shape[1]"] if facts.pages is not None else []),
+        *(["pool, keys = key.shape[0], keys * pages.shape[1] if key.numel() > 0 else 0"] if facts.pages is not None else []),
         *(["schedule = known(SCHEDULE, query)"] if "maxnreg" in schedule else []),
         "out = torch.empty((batch, queries, query_heads, width), dtype=query.dtype, device=query.device).transpose(1, 2)",
     ]

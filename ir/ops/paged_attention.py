@@ -37,9 +37,9 @@ def paged_attention(
     lengths: Tensor | None = None, scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The op's meaning in torch; see the card of this module."""
-    whole = (gathered(pool, pages, query.shape[0]) for pool in (key, value))
+    key, value = (gathered(pool, pages, query.shape[0]) for pool in (key, value))
     return attention(
-        query, *whole, mask, key_bias, lengths=lengths, scale=scale, left=left, right=right, sinks=sinks, offset=offset, softcap=softcap
+        query, key, value, mask, key_bias, lengths=lengths, scale=scale, left=left, right=right, sinks=sinks, offset=offset, softcap=softcap
     )
 
 
