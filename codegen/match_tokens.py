@@ -51,10 +51,12 @@ def schedule_of(node: Node) -> Schedule:
 
 
 def select_schedule(rows: int) -> Schedule:
-    """Of the second kernel, for so many rows of the first half: at most 32 comparisons a thread."""
+    """Of the second kernel, for so many rows of the first half: at most 32 comparisons a thread, and one for each of 16 rows, which then fit beside
+    the results into the 128 registers that so many threads have each (two spilled 80 bytes on sm_80)."""
     block = power_of_two(rows)
     warps = min(16, max(4, block // 128))
-    return {"BLOCK_ROWS": block, "BLOCK_TOKENS": max(1, min(16, 32 * 32 * warps // block)), "num_warps": warps}
+    tokens = max(1, min(16, 32 * 32 * warps // block)) if block < MOST_ROWS else 1
+    return {"BLOCK_ROWS": block, "BLOCK_TOKENS": tokens, "num_warps": warps}
 
 
 def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Built:
@@ -134,7 +136,7 @@ def _launches(node: Node, kernel: str, parameters: tuple[tuple[str, str], ...], 
         *call(kernel, 'triton.cdiv(first, SCHEDULE["BLOCK_ROWS"]) * batch', parameters, "**SCHEDULE"),
         "    block = max(16, triton.next_power_of_2(first))",
         "    warps = min(16, max(4, block // 128))",
-        "    others = max(1, min(16, 1024 * warps // block))",
+        f"    others = max(1, min(16, 1024 * warps // block)) if block < {MOST_ROWS} else 1",
         *call(f"{kernel}_select", "batch", select, "BLOCK_ROWS=block, BLOCK_TOKENS=others, num_warps=warps"),
     )
 
