@@ -17,7 +17,7 @@ from paretorch.ir.graph import arguments, shape_of
 from paretorch.ir.ops import op_of
 
 HELD = ("f32", "f16", "bf16")
-MOST_ROWS = 8192  # of a half: what the program that chooses holds
+MOST_ROWS = 4096  # of a half: what the program that chooses holds; 8192 spilled on every architecture
 TYPICAL_ROWS = 512  # where the length varies
 RESULTS = ("kept", "source", "target")
 
@@ -51,12 +51,10 @@ def schedule_of(node: Node) -> Schedule:
 
 
 def select_schedule(rows: int) -> Schedule:
-    """Of the second kernel, for so many rows of the first half: at most 32 comparisons a thread, and one for each of 16 rows, which then fit beside
-    the results into the 128 registers that so many threads have each (two spilled 80 bytes on sm_80)."""
+    """Of the second kernel, for so many rows of the first half: at most 32 comparisons a thread."""
     block = power_of_two(rows)
     warps = min(16, max(4, block // 128))
-    tokens = max(1, min(16, 32 * 32 * warps // block)) if block < MOST_ROWS else 1
-    return {"BLOCK_ROWS": block, "BLOCK_TOKENS": tokens, "num_warps": warps}
+    return {"BLOCK_ROWS": block, "BLOCK_TOKENS": max(1, min(16, 32 * 32 * warps // block)), "num_warps": warps}
 
 
 def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Built:
@@ -136,7 +134,7 @@ def _launches(node: Node, kernel: str, parameters: tuple[tuple[str, str], ...], 
         *call(kernel, 'triton.cdiv(first, SCHEDULE["BLOCK_ROWS"]) * batch', parameters, "**SCHEDULE"),
         "    block = max(16, triton.next_power_of_2(first))",
         "    warps = min(16, max(4, block // 128))",
-        f"    others = max(1, min(16, 1024 * warps // block)) if block < {MOST_ROWS} else 1",
+        "    others = max(1, min(16, 1024 * warps // block))",
         *call(f"{kernel}_select", "batch", select, "BLOCK_ROWS=block, BLOCK_TOKENS=others, num_warps=warps"),
     )
 
