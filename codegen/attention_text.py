@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
+from typing import Any
 
 from torch.fx import Node
 
@@ -21,6 +22,7 @@ from paretorch.ir.graph import shape_of
 
 LOG2E = 1.4426950408889634
 HIDDEN = 'float("-inf")'
+PER_KEY = (("key_bias", 1), ("pages", 1))  # axes that are read along, whatever their size
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Facts:
     scale: float
     mask: Node | None = None
     key_bias: Node | None = None
+    lengths: Node | None = None
+    pages: Node | None = None
     left: int = -1
     right: int = -1
     sinks: int = 0
@@ -42,16 +46,22 @@ class Facts:
     @property
     def is_split(self) -> bool:
         """Whether the keys are divided between programs: few rows, many keys, and too few heads to fill a chip."""
-        batch, key_heads, keys, _ = shape_of(self.key)
-        rows = shape_of(self.query)[2] * self.group
-        programs = batch * key_heads
+        rows, keys = shape_of(self.query)[2] * self.group, self.keys
+        programs = shape_of(self.query)[0] * shape_of(self.key)[1]
         few = isinstance(rows, int) and rows <= FEW_ROWS and not (isinstance(programs, int) and programs >= PROGRAMS)
         return few and not (isinstance(keys, int) and keys < LONG)
+
+    @property
+    def keys(self) -> Any:
+        """How many keys there are: those of the pages that the table names, if there is one."""
+        slots = shape_of(self.key)[2]
+        return slots if self.pages is None else slots * shape_of(self.pages)[1]
 
     @property
     def roles(self) -> dict[str, Node]:
         """What is read, by the name of its argument."""
         found = {"query": self.query, "key": self.key, "value": self.value, "mask": self.mask, "key_bias": self.key_bias}
+        found |= {"lengths": self.lengths, "pages": self.pages}
         return {name: node for name, node in found.items() if node is not None}
 
     @property
@@ -61,17 +71,16 @@ class Facts:
 
     @property
     def axes(self) -> dict[str, tuple[int, ...]]:
-        """The axes along which a mask and a bias differ."""
-        given = {"mask": self.mask, "key_bias": self.key_bias}
+        """The axes along which a mask, a bias, lengths and pages differ."""
+        given = {name: node for name, node in self.roles.items() if name not in ("query", "key", "value")}
         return {
-            name: tuple(axis for axis, size in enumerate(shape_of(node)) if size != 1 or (name, axis) == ("key_bias", 1))
+            name: tuple(axis for axis, size in enumerate(shape_of(node)) if size != 1 or (name, axis) in PER_KEY)
             for name, node in given.items()
-            if node is not None
         }
 
     @property
     def beside(self) -> dict[str, int]:
-        """The last axis of a mask and a bias, where it lies in memory one element after another, which their blocks are then read by."""
+        """The last axis of each of them, where it lies in memory one element after another; blocks are then read along it."""
         last = {name: axes[-1] for name, axes in self.axes.items() if axes}
         whole = {name: axis for name, axis in last.items() if axis == len(shape_of(self.roles[name])) - 1}
         return {name: axis for name, axis in whole.items() if layout_of(self.roles[name], name).known[axis] == 1}
@@ -79,6 +88,16 @@ class Facts:
     def stride(self, name: str, axis: int) -> str:
         """ " * mask_s2", or nothing for a stride of one."""
         return "" if self.beside.get(name) == axis else f" * {name}_s{axis}"
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether each query has a number of keys of its own."""
+        return 1 in self.axes.get("lengths", ())
+
+    @property
+    def ends_rows(self) -> bool:
+        """Whether rows of a block may end at different keys."""
+        return self.right >= 0 or self.counts_rows
 
     @property
     def adds_mask(self) -> bool:
@@ -123,8 +142,10 @@ def device_text(facts: Facts, kernel: str, parameters: Sequence[tuple[str, str]]
         parameters=signature_text(parameters, constants),
         place=lines(_place(facts, rows)),
         rows=rows,
-        rows_of=lines(_rows_of(facts)),
+        rows_of=lines([*_rows_of(facts), *_lengths(facts)]),
         wide=sizes["wide"],
+        key_sample="sample * key_s0 + " if facts.pages is None else "",
+        value_sample="sample * value_s0 + " if facts.pages is None else "",
         bounds=lines(_bounds(facts, rows)),
         clear=clear,
         clear_step=_step(facts, width, value_width, is_edge=False),
@@ -176,18 +197,37 @@ def _rows_of(facts: Facts) -> list[str]:
     return [f"token, query_head = row // {facts.group}, head * {facts.group} + row % {facts.group}"]
 
 
+def _lengths(facts: Facts) -> list[str]:
+    """`keys` becomes the number of those that a row of this block sees, `count` that of each row where these differ."""
+    if facts.lengths is None:
+        return []
+    terms = {0: f"sample{facts.stride('lengths', 0)}", 1: f"token{facts.stride('lengths', 1)}"}
+    found = f"tl.load({' + '.join(['lengths_ptr', *(terms[axis] for axis in facts.axes['lengths'])])}"
+    if not facts.counts_rows:
+        return [f"keys = tl.minimum(tl.maximum({found}), 0), keys).to(tl.int32)"]
+    return [
+        f"count = tl.minimum(tl.maximum({found}, mask=inside, other=0), 0), keys).to(tl.int32)",
+        "keys = tl.max(count, 0)",
+    ]
+
+
 def _bounds(facts: Facts, rows: str) -> list[str]:
     """The numbers of blocks of keys: those from `begin` to `end` are seen by a row, those from `clear_begin` to `clear_end` by every row."""
-    found = ["end, clear_end = tl.cdiv(keys, BLOCK_KEYS), keys // BLOCK_KEYS"]
+    clear = "tl.min(tl.where(inside, count, keys), 0)" if facts.counts_rows else "keys"
+    found = [f"end, clear_end = tl.cdiv(keys, BLOCK_KEYS), {clear} // BLOCK_KEYS"]
+    if facts.counts_rows:
+        found.append("last_key = count - 1")
     if facts.left >= 0 or facts.right >= 0:
         group = "" if facts.group == 1 else f" // {facts.group}"
         first, last = "block * BLOCK_ROWS", f"tl.minimum((block + 1) * BLOCK_ROWS, {rows}) - 1"
         found.append(f"first, last = {first}{group}, {f'({last}){group}' if group else last}")
     if facts.right >= 0:
-        found.append(f"last_key = tl.minimum(token{_signed(facts.offset + facts.right)}, keys - 1)")
+        own = "last_key" if facts.counts_rows else "keys - 1"
+        found.append(f"last_key = tl.minimum(token{_signed(facts.offset + facts.right)}, {own})")
         after = _signed(facts.offset + facts.right + 1)
         found.append(f"end = tl.cdiv(tl.minimum(tl.maximum(last{after}, 0), keys), BLOCK_KEYS)")
-        found.append(f"clear_end = tl.minimum(tl.maximum(first{after}, 0), keys) // BLOCK_KEYS")
+        seen_by_all = f"tl.minimum(tl.maximum(first{after}, 0), keys) // BLOCK_KEYS"
+        found.append(f"clear_end = {f'tl.minimum(clear_end, {seen_by_all})' if facts.counts_rows else seen_by_all}")
     if facts.left >= 0:
         first_key = f"token{_signed(facts.offset - facts.left)}"
         found.append(f"first_key = {f'tl.minimum({first_key}, keys)' if facts.sinks > 0 else first_key}")
@@ -235,6 +275,7 @@ def _step(facts: Facts, width: int, value_width: int, *, is_edge: bool) -> str:
     return Template(STEP).substitute(
         block=lines(block, 2),
         start=start,
+        at=lines(_slots(facts, is_edge=is_edge), 2),
         key_mask=_masked("(place < keys)[None, :]" if is_edge else "", narrow(width, "[:, None]")),
         scores=lines(_scores(facts, is_edge=is_edge), 2),
         scaled=f" * {facts.scale * LOG2E!r}" if facts.is_plain else "",
@@ -243,6 +284,22 @@ def _step(facts: Facts, width: int, value_width: int, *, is_edge: bool) -> str:
             "(place < keys)[:, None]" if is_edge else "", narrow(value_width, "[None, :]").replace("column", "value_column")
         ),
     )
+
+
+def _slots(facts: Facts, *, is_edge: bool) -> list[str]:
+    """Where the keys and values of a block lie behind the start of their head."""
+    if facts.pages is None:
+        return ["key_at, value_at = place.to(tl.int64) * key_s2, place.to(tl.int64) * value_s2"]
+    sample = "sample * pages_s0 + " if 0 in facts.axes["pages"] else ""
+    slots = shape_of(facts.key)[2]
+    number = f"(place // {slots})" if "pages" in facts.beside else f"(place // {slots}).to(tl.int64)"
+    mask = ", mask=place < keys, other=0" if is_edge else ""
+    return [
+        f"page = tl.load(pages_ptr + {sample}{number}{facts.stride('pages', 1)}{mask}).to(tl.int64)",
+        "page = tl.minimum(tl.maximum(tl.where(page < 0, page + pool, page), 0), pool - 1)",
+        f"slot = (place % {slots}).to(tl.int64)",
+        "key_at, value_at = page * key_s0 + slot * key_s2, page * value_s0 + slot * value_s2",
+    ]
 
 
 def _masked(first: str, second: str) -> str:
@@ -268,7 +325,7 @@ def _scores(facts: Facts, *, is_edge: bool) -> list[str]:
 
 def _seen(facts: Facts) -> list[str]:
     """The keys of an edge that a row sees: one comparison for each side."""
-    last = "place[None, :] <= last_key[:, None]" if facts.right >= 0 else "(place < keys)[None, :]"
+    last = "place[None, :] <= last_key[:, None]" if facts.ends_rows else "(place < keys)[None, :]"
     found = [f"scores = tl.where({last}, scores, {HIDDEN})"]
     if facts.left >= 0:
         back = "place"

@@ -50,7 +50,7 @@ SCHEDULE = {${options}}
 
 ${kernel}
 
-${laid}def launch(${reads}):
+${laid}${known}def launch(${reads}):
     """${launch_title}"""
 ${launches}
     return ${writes}
@@ -95,11 +95,26 @@ EXAMPLE_TYPE = """\
         dtype = torch.float32  # triton's interpreter has no products of bf16
 """
 
+EXAMPLE_COUNT = """\
+    if dtype in (torch.int32, torch.int64):  # numbers of keys, or pages
+        most = ${most}
+        return torch.randint(0, most, shape, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+"""
+
 LAID = '''\
 def laid(x, unit, pairs):
     """x itself where that axis has stride one and each pair of axes is passed over as one, else a contiguous copy."""
     fits = (unit is None or x.stride(unit) == 1) and all(x.stride(a) == x.stride(b) * x.shape[b] for a, b in pairs)
     return x if fits else x.contiguous()
+
+
+'''
+
+
+KNOWN = '''\
+def known(schedule, x):
+    """The options that the compiler of this device knows: a limit of registers is NVIDIA's."""
+    return schedule if x.is_cuda and torch.version.cuda else {name: value for name, value in schedule.items() if name != "maxnreg"}
 
 
 '''
@@ -187,17 +202,27 @@ def file_of(region: Region, parts: FileParts) -> str:
         options=options,
         kernel=parts.kernel,
         laid=LAID if any("laid(" in line for line in parts.launches) else "",
+        known=KNOWN if any("known(" in line for line in parts.launches) else "",
         reads=", ".join(reads),
         launch_title=f"{', '.join(reads)} -> {', '.join(writes)}; tensors on one device.",
         launches=_lines(parts.launches),
         name=parts.name,
         writes=f"({', '.join(writes)})" if len(writes) > 1 else writes[0],
         reference=_lines(parts.reference),
-        example_type=EXAMPLE_TYPE if "tl.dot(" in parts.kernel else "",
+        example_type=(EXAMPLE_TYPE if "tl.dot(" in parts.kernel else "") + _example_count(parts.kernel),
         examples="\n".join(
             f"    ({_numbers(shape_of(node))}, {_numbers(_strides(node))}, {DTYPES[dtype_of(node)]})," for node in region.reads
         ),
     )
+
+
+def _example_count(kernel: str) -> str:
+    """Whole numbers that a kernel of attention can take."""
+    if "pages_ptr" in kernel:
+        return EXAMPLE_COUNT.replace("${most}", "EXAMPLES[1][0][0]")
+    if "lengths_ptr" in kernel:
+        return EXAMPLE_COUNT.replace("${most}", "1 + max(row[0][2] for row in EXAMPLES if len(row[0]) == 4)")
+    return ""
 
 
 def wrapped(listed: str, by: int = 1) -> str:

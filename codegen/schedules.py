@@ -3,6 +3,9 @@
 A thread holds its shares of the blocks of scores, of results and of queries, in registers. `HELD` says how many of these did not spill on any of
 sm_80, sm_90 and gfx942 when cross-compiled with triton 3.7 (2026-11-21): fewer where more is done between the products, since operands are then
 held beside them, and fewer in f32, whose products NVIDIA's compilers unroll.
+
+ptxas keeps a few values in memory, at 72 or 168 registers as it may be, where one register less lets another block of threads run. A kernel that says
+how many registers it may have at most is not treated so: f16 heads of width 64 with a key bias spilled 24 bytes at 168 and none at 186 (2026-11-22).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ HELD = {
     ("full", "biased"): 40,
     ("full", "heavy"): 40,
 }
+ALL_REGISTERS = {"maxnreg": 255}  # NVIDIA's most for a thread; other compilers are not told
 
 
 def power_of_two(size: int) -> int:
@@ -47,16 +51,18 @@ def attention_schedules(
     if form == "biased":
         most_rows = min(most_rows, 64)
     precision = "half" if itemsize < 4 else "full"
+    stages = 1 if form == "heavy" and max(width, value_width) <= 16 else 2  # so little is loaded that there is nothing to wait for
+    limit = {} if form == "light" else ALL_REGISTERS
     found = []
     for block_rows, block_keys, warps in HALF_BLOCKS if precision == "half" else FULL_BLOCKS:
-        options = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, **widths, "num_warps": warps, "num_stages": 2}
+        options = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, **widths, "num_warps": warps, "num_stages": stages, **limit}
         small = block_rows <= most_rows and block_keys <= most_keys
         held = attention_held(options, itemsize)
         if small and held <= HELD[precision, form] and attention_shared(options, itemsize) <= SHARED_BYTES:
             found.append(options)
-    safe = found[:SAFE] or [{"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, **widths, "num_warps": 4, "num_stages": 1}]
+    safe = found[:SAFE] or [{"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, **widths, "num_warps": 4, "num_stages": 1, **limit}]
     bold = [
-        {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, **widths, "num_warps": warps, "num_stages": stages}
+        {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, **widths, "num_warps": warps, "num_stages": stages, **limit}
         for block_rows, block_keys, warps, stages in (BOLD_HALF if precision == "half" else BOLD_FULL)
         if block_rows <= widest_rows and block_keys <= widest_keys
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +42,15 @@ class Contender:
 
 @dataclass
 class Lowering:
-    """Compiles graphs on runtimes, once each, and keeps the reasons of those that failed."""
+    """Compiles graphs on runtimes, once each, and keeps the reasons of those that failed.
+
+    form: (graph, runtime) -> the graph as that runtime reads it.
+    """
 
     runtimes: dict[str, Runtime]
     example: tuple[Tensor, ...]
     failures: dict[str, str] = field(default_factory=dict)
+    form: Callable[[Graph, str], Graph] = lambda graph, runtime: graph
     _done: dict[tuple[int, str], tuple[Graph, Executable]] = field(default_factory=dict)
 
     def compile(self, graph: Graph, runtime: str) -> Executable | None:
@@ -105,9 +109,10 @@ def late_contenders(
 def _compiled(lowering: Lowering, variants: dict[str, Graph], predicted: dict[tuple[str, str], float]) -> list[Contender]:
     entered = []
     for (variant, runtime), seconds in sorted(predicted.items(), key=lambda item: (item[1], item[0])):
-        execute = lowering.compile(variants[variant], runtime)
+        graph = lowering.form(variants[variant], runtime)
+        execute = lowering.compile(graph, runtime)
         if execute is not None:
-            entered.append(Contender(variant, runtime, variants[variant], execute, seconds))
+            entered.append(Contender(variant, runtime, graph, execute, seconds))
     return entered
 
 

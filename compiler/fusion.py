@@ -33,6 +33,8 @@ from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import op_of
 from paretorch.ir.protocols import Cost
+from paretorch.rewrites.normalize.count_keys import count_keys
+from paretorch.rewrites.normalize.read_pages import read_pages
 
 RUNTIME = "triton"
 NOTHING = Cost(0.0)
@@ -90,6 +92,15 @@ class Fusion:
         self.prices = prices
         self._known: dict[Any, Cost | None] = {}
         self._plans: WeakKeyDictionary[Graph, dict[Any, FusionPlan]] = WeakKeyDictionary()
+        self._forms: WeakKeyDictionary[Graph, dict[Any, Graph | None]] = WeakKeyDictionary()
+
+    def form(self, graph: Graph) -> Graph:
+        """The graph as kernels read it: masks that count keys are numbers, keys gathered from pages are read through their table."""
+        kept, key = self._forms.setdefault(graph, {}), (graph.edits, len(graph.fx.nodes))
+        if key not in kept:
+            found = read_pages(count_keys(graph))
+            kept[key] = found if found is not graph else None  # which would keep itself
+        return kept[key] or graph
 
     def plan(self, graph: Graph) -> FusionPlan:
         """The regions of this graph at the example's sizes. Raises TargetError for a device without rates."""

@@ -126,7 +126,7 @@ class Session:
 
     def cost(self, graph: Graph, runtime: str, weights: int | None = None) -> Cost:
         """Predicted cost of one call; on the Triton runtime that of its planned regions."""
-        return self.fusion.plan(graph).cost if runtime == RUNTIME else self.prices.graph_cost(graph, runtime, weights)
+        return self.fusion.plan(self.fusion.form(graph)).cost if runtime == RUNTIME else self.prices.graph_cost(graph, runtime, weights)
 
     @cached_property
     def fusion(self) -> Fusion:

@@ -185,6 +185,7 @@ def _fastest(session: Session, point: Point, graph: Graph) -> Contender | None:
 def _predicted(session: Session, graph: Graph) -> Contender:
     """A graph on the runtime that is predicted to be fastest on a device that is not here; it runs as plain torch."""
     seconds, runtime = session.price(graph)
+    graph = session.lowering.form(graph, runtime)
     return Contender("plan", runtime, graph, session.eager(graph), seconds)
 
 

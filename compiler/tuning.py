@@ -17,6 +17,7 @@ from paretorch.cost_model.measure import device_timing, race
 from paretorch.fusion import RUNTIME
 from paretorch.ir.errors import TargetError
 from paretorch.ir.protocols import Measurement, Runtime
+from paretorch.rewrites.normalize.read_pages import page_refusals
 
 if TYPE_CHECKING:
     from paretorch.session import Session
@@ -46,11 +47,15 @@ def race_calls(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 
 def equip(session: Session, usable: dict[str, Runtime]) -> None:
-    """Give a session its tuner, and its runtimes what they need on a GPU. usable: by name, as they were calibrated; edited.
+    """Give a session its tuner, and its runtimes what they need on a GPU, among it the form of graphs that kernels read. usable: by name, as they
+    were calibrated; edited.
 
     Calls are not replayed while rates are measured, whose large inputs would be copied for nothing.
     """
     session.tuner = tuner_for(session.target, session.notes)
+    session.lowering.form = lambda graph, runtime: session.fusion.form(graph) if runtime == RUNTIME else graph
+    if RUNTIME in session.runtimes:
+        session.refuse(page_refusals(session.normalized))
     if RUNTIME in usable:
         usable[RUNTIME] = TritonRuntime(lambda graph: session.fusion.plan(graph).priced, session.tuner)
     if session.target.device.kind == "cuda" and session.target.is_here:

@@ -119,9 +119,10 @@ class Prices:
         cold = context.cold * rates.cold_s_per_byte * work.constant_bytes
         if work.constant_bytes <= self.calibration.near_cache_bytes:  # the curves of larger weights were measured without that cache
             cold += context.warm * rates.warm_s_per_byte * work.constant_bytes
-        scale = _scale(node, work, rates)
-        seconds = (_seconds(work, rates) * scale + rates.launch_s) * share + cold
-        return Cost(seconds, work.flops, work.bytes_moved * share, share)
+        scale, op = _scale(node, work, rates), op_of(node)
+        launches = op.launches(node) if op is not None else 1
+        seconds = (_seconds(work, rates) * scale + launches * rates.launch_s) * share + cold
+        return Cost(seconds, work.flops, work.bytes_moved * share, launches * share)
 
     def _has_curve(self, node: Node, runtime: str) -> bool:
         """Whether the op of this call was measured by itself there."""

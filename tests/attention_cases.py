@@ -1,4 +1,4 @@
-"""Graphs of attention for tests of its kernel: a way to hide keys each, at any lengths, widths, heads and dtype."""
+"""Graphs of attention for tests of its kernel: a way to hide keys each, at any lengths, widths, heads and dtype; and inputs for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from paretorch.ir.graph import Graph
+from tests import kernel_cases
 from tests.kernel_cases import graph_of, vector
 
 
@@ -32,13 +36,13 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Hiding:
-    """options: numbers of the op; more: (dtype, lengths) -> the types of a mask and a key bias, by name."""
+    """options: numbers of the op; more: (dtype, lengths) -> the types of a mask, a key bias and lengths, by name."""
 
     options: dict[str, Any]
     more: Callable[[str, Lengths], dict[str, str]] = lambda dtype, at: {}
 
     def function(self, b: Any, query: Any, key: Any, value: Any, **more: Any) -> Any:
-        options = {"scale": 0.3, **self.options}
+        options = {"scale": 0.3, **self.options, **({"lengths": more["lengths"]} if "lengths" in more else {})}
         return b.attention(query, key, value, more.get("mask"), more.get("key_bias"), **options)
 
     def types(self, dtype: str, at: Lengths) -> dict[str, str]:
@@ -67,9 +71,29 @@ HIDING: dict[str, Hiding] = {
         {"left": 9, "right": 3, "sinks": 2, "softcap": 4.0, "offset": 1},
         lambda dtype, at: {"mask": vector(dtype, 1, at.heads * at.group, at.queries, 1), **bias(dtype, at)},
     ),
+    "lengths": Hiding({}, lambda dtype, at: {"lengths": vector("i64", at.batch, 1)}),
+    "lengths of rows": Hiding({}, lambda dtype, at: {"lengths": vector("i32", at.batch, at.queries)}),
+    "lengths of queries": Hiding(
+        {"left": 11, "right": 4, "sinks": 3}, lambda dtype, at: {"lengths": vector("i64", 1, at.queries), **bias(dtype, at)}
+    ),
+    "lengths and more": Hiding(
+        {"right": 1}, lambda dtype, at: {"mask": vector("bool", at.batch, 1, 1, at.keys), "lengths": vector("i32", at.batch, 1)}
+    ),
     "softcap": Hiding({"softcap": 2.0, "right": 0}),
     "negative": Hiding({"scale": -0.2}),
 }
+
+
+def inputs_of(graph: Graph, seed: int = 0) -> list[Tensor]:
+    """Random inputs; numbers of keys from below none to above all."""
+    inputs = kernel_cases.inputs_of(graph, seed)
+    keys = max((x.shape[2] for x in inputs if x.dim() == 4 and x.is_floating_point()), default=0)
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(-2, keys + 3, x.shape, generator=generator, dtype=x.dtype) if x.dtype in (torch.int32, torch.int64) else x
+        for x in inputs
+    ]
+
 
 LENGTHS = {
     "one": Lengths(1, 1, 1, 1, 1, 1, 1),

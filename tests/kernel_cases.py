@@ -127,7 +127,7 @@ def width_of(x: Any) -> int:
 
 
 GUARD = 4096
-MARK = {torch.bool: True}
+MARK = {torch.bool: True, torch.int32: 1 << 30, torch.int64: 1 << 30}
 
 
 def between_guards(x: Tensor, mark: float) -> tuple[Tensor, Tensor]:

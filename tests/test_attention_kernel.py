@@ -21,7 +21,7 @@ from paretorch.codegen.triton_runtime import with_kernels
 from paretorch.codegen.triton_text import render
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph
-from tests.attention_cases import HIDING, LENGTHS, Hiding, Lengths
+from tests.attention_cases import HIDING, LENGTHS, Hiding, Lengths, inputs_of
 from tests.kernel_cases import (
     DTYPES,
     TOLERANCE,
@@ -29,7 +29,6 @@ from tests.kernel_cases import (
     check_compiled,
     graph_of,
     in_f64,
-    inputs_of,
     kernel,
     launched_between_guards,
     read_by,

@@ -40,6 +40,8 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "key bias": {"key_bias": "f32[2,7]"},
     "key bias and bool mask": {"key_bias": "f32[2,7]", "mask": "bool[1,4,5,7]"},
     "key bias and added mask": {"key_bias": "f32[2,7]", "mask": "f32[5,7]", "left": 1},
+    "lengths": {"lengths": "i64[2,1]"},
+    "lengths of rows and key bias": {"lengths": "i32[2,5]", "key_bias": "f32[2,7]", "right": 3},
 }
 
 
@@ -67,6 +69,8 @@ def inputs_of(graph: Graph, seed: int = 0) -> list[Tensor]:
     for node in graph.inputs:
         fake = node.meta["val"]
         x = torch.randn([int(size) for size in fake.shape], generator=generator)
+        if node.name.startswith("lengths"):
+            x = torch.randint(-1, 9, x.shape, generator=generator, dtype=fake.dtype)
         if fake.dtype == torch.bool:
             x = x > -0.5
             x[..., -1, :] = False

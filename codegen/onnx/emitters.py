@@ -34,17 +34,22 @@ FLOAT, UINT8, INT8, INT16, INT32, INT64, BOOL = 1, 2, 3, 5, 6, 7, 9  # onnx.Tens
 
 def attention(
     op: Any, query: Any, key: Any, value: Any, mask: Any = None, key_bias: Any = None, *,
-    scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
+    lengths: Any = None, scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
 ) -> Any:  # fmt: skip
     """paretorch::attention; see the card of `paretorch.ir.ops.attention`."""
     plainly_causal = left < 0 and right == 0 and offset == 0
     unhidden = left < 0 and right < 0
-    is_plain = mask is None and key_bias is None and softcap == 0.0 and scale > 0.0  # ONNX Runtime's Attention takes no other scale
+    is_plain = (
+        mask is None and key_bias is None and lengths is None and softcap == 0.0 and scale > 0.0
+    )  # ONNX Runtime's Attention takes no other scale
     if op.version >= 23 and is_plain and (plainly_causal or unhidden):
         return op.Attention(query, key, value, scale=scale, is_causal=int(plainly_causal))[0]
     form = _Form.of(op, query, key, value)
     scores = form.scores(query, key, scale, softcap)
     allowed = None if unhidden else form.band(query, key, left, right, sinks, offset)
+    if lengths is not None:
+        first = form.counted(key, lengths)
+        allowed = first if allowed is None else op.And(allowed, first)
     bias = None
     if mask is not None and mask.dtype.value == BOOL:
         allowed = mask if allowed is None else op.And(allowed, mask)
@@ -224,6 +229,12 @@ class _Form:
         weights = self.shaped(op.Softmax(scores, axis=-1), self.kv_heads, self.keys)
         mixed = self.shaped(op.MatMul(weights, value), self.heads, self.value_width)
         return mixed if sees is None else op.Where(sees, mixed, self.number(0.0))
+
+    def counted(self, key: Any, lengths: Any) -> Any:
+        """bool[B,1,Tq,Tk] or broadcast to it, as `paretorch.ir.ops.attention.counted`."""
+        op = self.op
+        columns = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(key, start=2, end=3)), op.Constant(value_int=1))
+        return op.Less(columns, op.Unsqueeze(op.Cast(lengths, to=INT64), self.integers(1, 3)))
 
     def band(self, query: Any, key: Any, left: int, right: int, sinks: int, offset: int) -> Any:
         """bool[Tq,Tk] from positions, as `paretorch.ir.ops.attention.band`."""

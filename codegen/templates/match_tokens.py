@@ -3,7 +3,7 @@
 The first kernel normalises blocks of both halves, takes their products on matrix units and keeps the largest of each row with its place, so that
 cosines never leave the chip; the second one, a program for each sample, counts for each row how many come before it and writes the three results.
 Types: f32, f16, bf16; cosines in f32. Reads metric T[B,T,D] of any strides but a last one of one, and sizes T[B or 1,T]; writes kept i64[B,T-r],
-source and target i64[B,r]. Ties go to the lowest place. At most 8,192 rows of a half. Shared memory: the blocks of both halves.
+source and target i64[B,r]. Ties go to the lowest place. At most 4,096 rows of a half. Shared memory: the blocks of both halves.
 Source: Bolya et al. 2023, arXiv:2210.09461.
 """
 

@@ -2,7 +2,8 @@
 
 Each program writes the average of its share of the keys and, for each row, the logarithm of its sum; the second kernel weighs the shares by these.
 Types, reads, writes and masks as in `attention`; beside them f32 T[B,Hk,rows,splits,Dv] and T[B,Hk,rows,splits] are written and read once. The
-number of shares is an argument, so that the programs fill a chip at any length; a share in which nothing is seen has no weight.
+number of shares is an argument, so that the programs fill a chip at any length; a share in which nothing is seen has no weight. Where samples have
+numbers of keys of their own it is these that are divided: every program has a share of what its sample holds, and one without keys reads none.
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
 

@@ -66,7 +66,8 @@ def softmax(walk: Walk, node: Node) -> Dims:
 
 
 def attention(walk: Walk, node: Node) -> Dims:
-    """query[B, H, Tq, D], key[B, Hk, Tk, D], value[B, Hk, Tk, Dv], mask [B, H, Tq, Tk] or broadcast to it, key_bias[B, Tk]."""
+    """query[B, H, Tq, D], key[B, Hk, Tk, D], value[B, Hk, Tk, Dv], mask [B, H, Tq, Tk] or broadcast to it, key_bias[B, Tk],
+    lengths[B, Tq]."""
     given = arguments(node)
     query, key, value = (walk.dims(given[name]) for name in ("query", "key", "value"))
     inner = walk.atoms.meet(key[-2], value[-2])
@@ -82,6 +83,10 @@ def attention(walk: Walk, node: Node) -> Dims:
         causal = causal or _mask(walk, node, mask, [row, inner])
     if bias is not None:
         inner = walk.broadcast([[(), inner], walk.dims(bias)])[-1]
+    if given.get("lengths") is not None:
+        _, row = walk.broadcast([[(), row], walk.dims(given["lengths"])])
+        walk.event(node, "bakes_length", [inner], f"{place(node)} counts its keys ({given['lengths'].name} of them are seen)")
+        causal = causal or walk.shape(given["lengths"])[1] != 1
     walk.event(node, "mixes", [row, inner])
     walk.mixers.append(Mixer(node.name, _joined(outer), row, inner, causal))
     return [*outer, row, value[-1]]

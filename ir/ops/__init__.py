@@ -8,6 +8,7 @@ from paretorch.ir.ops import (
     index,
     local_attention,
     matrix,
+    paged_attention,
     quantized,
     reduce,
     restore,
@@ -31,5 +32,16 @@ TOKEN_OPS: tuple[str, ...] = (
 )
 
 __all__ = ["OPS", "TOKEN_OPS", "Missing", "Op", "OpTemplate", "RowText", "aten", "define", "is_op", "op_of", "row"]
-__all__ += ["attention", "clips", "convolution", "elementwise", "index", "local_attention", "matrix", "quantized", "reduce", "restore"]
-__all__ += ["scalar", "scoped", "shape", "token_choice", "token_context", "tokens"]
+__all__ += [
+    "attention",
+    "clips",
+    "convolution",
+    "elementwise",
+    "index",
+    "local_attention",
+    "matrix",
+    "paged_attention",
+    "quantized",
+    "reduce",
+]
+__all__ += ["restore", "scalar", "scoped", "shape", "token_choice", "token_context", "tokens"]

@@ -1,10 +1,12 @@
 """Attention as one op, and torch's own form of it.
 
-attention(query: T[B,H,Tq,D], key: T[B,Hk,Tk,D], value: T[B,Hk,Tk,Dv], mask?, key_bias?, scale, left, right, sinks, offset, softcap) -> T[B,H,Tq,Dv]
+attention(query: T[B,H,Tq,D], key: T[B,Hk,Tk,D], value: T[B,Hk,Tk,Dv], mask?, key_bias?, lengths?, scale, left, right, sinks, offset, softcap)
+-> T[B,H,Tq,Dv]
 
 Hk divides H (grouped heads). A query at i sees the key at j iff  -left <= j - (i + offset) <= right  or  j < sinks  (a side of -1 is unbounded,
 so causal is right=0), and the mask lets it. mask: bool (True is seen) or added, broadcast to [B,H,Tq,Tk]; key_bias: T[B,Tk], added to every
-row of scores (log sizes of merged tokens, -inf for padding). With softcap c the scaled scores become c * tanh(scores / c) before masks.
+row of scores (log sizes of merged tokens, -inf for padding). lengths: i64 or i32 [B or 1, Tq or 1]; only the first lengths[b, i] keys are seen,
+none for a number below one (the filled slots of a cache, ragged batches). With softcap c the scaled scores become c * tanh(scores / c) before masks.
 A row in which nothing is seen gives zeros.
 """
 
@@ -18,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from paretorch.ir.graph import arguments
 from paretorch.ir.ops.costs import inputs_and_output, output, type_of_argument
 from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.table import Op, OpTemplate, aten, define
 
 SCHEMA = (
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? key_bias=None, *, float scale, "
-    "int left=-1, int right=-1, int sinks=0, int offset=0, float softcap=0.0) -> Tensor"
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? key_bias=None, *, "
+    "Tensor? lengths=None, float scale, int left=-1, int right=-1, int sinks=0, int offset=0, float softcap=0.0) -> Tensor"
 )
+COUNTS = ("i64", "i32")  # types of lengths
 
 
 def band(query: Tensor, queries: Any, keys: Any, left: int, right: int, sinks: int, offset: int) -> Tensor:
@@ -37,6 +41,11 @@ def band(query: Tensor, queries: Any, keys: Any, left: int, right: int, sinks: i
     if sinks > 0:
         seen = seen | (torch.arange(keys, device=query.device) < sinks)
     return seen & (distance <= right) if right >= 0 else seen
+
+
+def counted(lengths: Tensor, keys: Any) -> Tensor:
+    """bool[B or 1, 1, Tq or 1, Tk]: the first so many keys of each sample and query."""
+    return torch.arange(keys, device=lengths.device) < lengths[:, None, :, None]
 
 
 def joined_mask(
@@ -59,12 +68,21 @@ def joined_mask(
     return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask.to(query.dtype) + bias
 
 
+def with_lengths(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask that also hides what is not seen."""
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, key_bias: Tensor | None = None, *,
-    scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
+    lengths: Tensor | None = None, scale: float, left: int = -1, right: int = -1, sinks: int = 0, offset: int = 0, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The op's meaning in torch; see the card of this module."""
     grouped = query.shape[1] != key.shape[1]
+    if lengths is not None:
+        mask = with_lengths(mask, counted(lengths, key.shape[-2]))
     plainly_causal = mask is None and key_bias is None and left < 0 and right == 0 and offset == 0
     if softcap == 0.0 and plainly_causal:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -93,10 +111,15 @@ def attention_flops(node: Node) -> Any:
     return 2 * prod(result.shape[:-1]) * key.shape[-2] * (query.shape[-1] + result.shape[-1])
 
 
+def attention_launches(node: Node) -> int:
+    """torch counts places and compares them before its own attention reads the mask."""
+    return 1 if arguments(node)["lengths"] is None else 3
+
+
 define(Op(
     name="attention", targets=(torch.ops.paretorch.attention.default,), kind="attention", flops=attention_flops,
     bytes=inputs_and_output, axes="attention", onnx="attention", triton=OpTemplate("attention"),
-    source="arXiv:1706.03762",
+    source="arXiv:1706.03762", launches=attention_launches,
 ))  # fmt: skip
 define(Op(
     name="scaled_dot_product_attention", targets=(aten("scaled_dot_product_attention.default"),), kind="attention",

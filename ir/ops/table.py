@@ -131,6 +131,7 @@ class Op:
     name: as printed; targets: the overloads it covers, the first is the one that builders emit.
     kind: a key of KINDS. flops: (node) -> count, an int or sympy expression in the graph's symbols, a fused multiply-add is two.
     bytes: (node) -> bytes read and written. axes: a key of AXES; None stops token-axis rewrites at this op.
+    launches: (node) -> how many kernels torch starts for it.
     moves_data: False if it only re-describes its input (view, transpose, …).
     triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option;
     of an op over rows the steps of its computation; of an op that is a kernel of its own the template.
@@ -150,6 +151,7 @@ class Op:
     onnx: str | Missing = Missing("runs as torch")
     source: str = ""
     definition: Callable[..., Any] | None = None
+    launches: Callable[[Node], int] = lambda node: 1
 
     @property
     def moves_data(self) -> bool:

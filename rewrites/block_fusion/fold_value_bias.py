@@ -59,7 +59,8 @@ def _refuses(graph: Graph, attention: Node, value: Node, project: Node) -> str |
     if only_user(value) is None:
         return f"{value.name} has {len(value.users)} users; the others need its bias"
     banded = bound["left"] >= 0 or bound["right"] >= 0
-    if bound["key_bias"] is not None or (bound["mask"] is not None and (banded or not _every_row_sees(graph, bound["mask"]))):
+    hides = bound["mask"] is not None and (banded or not _every_row_sees(graph, bound["mask"]))
+    if hides or bound["key_bias"] is not None or bound["lengths"] is not None:
         return "a mask may hide every key of a row, whose weights then sum to zero, not one"
     if banded and not _sees_itself(attention, bound):
         return "the band may hide every key of a row, whose weights then sum to zero, not one"

@@ -28,10 +28,11 @@ from paretorch.rewrites.normalize.attention_product import product_of
 from paretorch.rewrites.normalize.attention_roles import Roles
 from paretorch.rewrites.normalize.attention_softmax import Softmax, Unraised, softmaxes
 from paretorch.rewrites.normalize.heads import Dim, Dims, spelled, step_forward
-from paretorch.rewrites.normalize.masks import Conditions, Fixed, Given, Placed
+from paretorch.rewrites.normalize.masks import Conditions, Part
 from paretorch.rewrites.normalize.masks_join import Chosen, Frame, Joiner, Masks, axes_of
 from paretorch.rewrites.normalize.masks_known import Known
 from paretorch.rewrites.normalize.masks_terms import Bias
+from paretorch.rewrites.normalize.masks_write import condition, joined
 from paretorch.rewrites.rule import Refusal
 
 
@@ -139,7 +140,7 @@ class MaskWriter:
 
     def write(self, masks: Masks) -> tuple[Node | None, Node | None]:
         """mask and key_bias. A condition and an added mask are kept apart where one of them depends on batch and key alone."""
-        seen = self._all([self._condition(part) for part in masks.seen])
+        seen = self._seen(masks.seen)
         added = self._sum([node for term in masks.added if (node := self._term(term)) is not None])
         if seen is None or added is None:
             return (seen if seen is not None else added), None
@@ -157,28 +158,14 @@ class MaskWriter:
         sizes = tensor_type(node).shape
         return self.emitter.viewed(node, [sizes[0], sizes[3]])
 
-    def _all(self, nodes: Sequence[Node]) -> Node | None:
-        joined: Node | None = None
-        for node in nodes:
-            joined = node if joined is None else self.emitter.emit(aten("logical_and.default"), joined, node)
-        return joined
+    def _seen(self, parts: Sequence[Part]) -> Node | None:
+        return joined(self.emitter, [condition(self.emitter, part, self.groups) for part in parts])
 
     def _sum(self, nodes: Sequence[Node]) -> Node | None:
         total: Node | None = None
         for node in nodes:
             total = node if total is None else self.emitter.emit(aten("add.Tensor"), total, node)
         return total
-
-    def _condition(self, part: Fixed | Given | Placed) -> Node:
-        """bool: true where the key is seen."""
-        if isinstance(part, Placed):
-            assert part.condition is not None  # only torch's own causal flag has none, and that is never part of a tensor
-            part = part.condition
-        if isinstance(part, Fixed):
-            return self.emitter.arrange(self.emitter.constant("seen", part.tensor), part.dims, self.groups, full=False)
-        node = self.emitter.cast(part.node, "bool")
-        node = self.emitter.emit(aten("logical_not.default"), node) if part.hidden else node
-        return self.emitter.arrange(node, part.dims, self.groups, full=False)
 
     def _term(self, term: Bias | Chosen) -> Node | None:
         """An added mask in the type of the attention; None if it adds nothing."""
@@ -187,7 +174,7 @@ class MaskWriter:
         inner = self._sum([node for part in term.terms if (node := self._term(part)) is not None])
         if not term.parts:
             return inner
-        seen = self._all([self._condition(part) for part in term.parts])
+        seen = self._seen(term.parts)
         assert seen is not None  # there are parts
         return self._where(seen, inner if inner is not None else 0.0, max(term.value, self._least(term.value)))
 

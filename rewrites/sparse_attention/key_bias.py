@@ -12,11 +12,13 @@ from paretorch.ir.types import Size
 
 
 def mask_by_pairs(node: Node) -> str | None:
-    """A sentence if the node's mask differs between queries or heads; None if it is one value per key, or absent.
+    """A sentence if the node's mask differs between queries or heads, or its keys are counted; None if it is one value per key, or absent.
 
     node: an attention; its mask is broadcast to [B, H, Tq, Tk].
     """
-    mask = arguments(node)["mask"]
+    mask, lengths = arguments(node)["mask"], arguments(node)["lengths"]
+    if lengths is not None:
+        return f"{node.name} counts its keys: {lengths.name}, {tensor_type(lengths)}, says by their places which are seen"
     if mask is None:
         return None
     shape = shape_of(mask)

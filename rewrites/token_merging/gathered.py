@@ -124,6 +124,8 @@ def _by_place(axes: AxisFacts, axis: TokenAxis, node: Node) -> str | None:
     same = axes.dim(given["query"].name, axis.atom) is not None and axes.dim(given["key"].name, axis.atom) is not None
     if given["left"] >= 0 or given["right"] > 0 or given["sinks"] > 0 or (given["right"] == 0 and not (same and given["offset"] == 0)):
         return f"{named(node)} lets a query see keys by their places ({given['left']} before, {given['right']} after it)"
+    if given["lengths"] is not None:
+        return f"{named(node)} sees the first keys only, {given['lengths'].name} of them"
     return None
 
 
