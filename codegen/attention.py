@@ -77,8 +77,9 @@ def goes_first(node: Node) -> bool:
     return banded or facts.mask is not None or facts.key_bias is not None or facts.softcap != 0.0
 
 
-def effort(node: Node) -> Effort:
+def effort(region: Region) -> Effort:
     """As the op's own, but for keys that its position hides from a query: the blocks of those are not visited."""
+    node = region.nodes[0]
     facts, op = facts_of(node), op_of(node)
     assert op is not None  # a node of a row of the table
     query, key = shape_of(facts.query), shape_of(facts.key)

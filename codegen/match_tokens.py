@@ -36,8 +36,9 @@ def refuses(node: Node) -> str | None:
     return None
 
 
-def effort(node: Node) -> Effort:
+def effort(region: Region) -> Effort:
     """The op's own work in two launches; the metric is read for each block of rows, mostly from a cache."""
+    node = region.nodes[0]
     op = op_of(node)
     assert op is not None  # a node of a row of the table
     return Effort(op.flops(node), op.bytes(node), 2, is_rated_alike=False)
