@@ -11,21 +11,23 @@ from torch.fx import Node
 from paretorch.codegen.coordinates import is_plain, product, source_of
 from paretorch.codegen.emission import Emitter, Space
 from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible, row_text, unique_names
-from paretorch.codegen.kernel import Region
+from paretorch.codegen.kernel import Region, Schedule
 from paretorch.codegen.layouts import merged_axes
-from paretorch.codegen.schedules import power_of_two
+from paretorch.codegen.schedules import product_schedules
 from paretorch.codegen.symbols import symbols_of
 from paretorch.codegen.whole_op import template_name
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import arguments, shape_of
 from paretorch.ir.ops import OpTemplate, is_op, op_of
+from paretorch.ir.types import DTYPES
 
 HELD = ("f32", "f16", "bf16")
 MOST_READS = 16  # operands of one kernel
 MOST_NODES = 32
-LOCALS = frozenset(
-    "program row_blocks column_blocks first high place total step along within group left right part rows programs schedule".split()
-)
+LOCALS = (  # what the template's own text calls its values
+    "program", "row_blocks", "column_blocks", "first", "high", "total", "step", "along", "within", "left", "right", "part",
+    "rows", "programs", "schedule", "few", "wide",
+)  # fmt: skip
 ROWS, COLUMNS = (r"\b(row|at_\d+)\b", "in_rows"), (r"\bcolumn\b", "in_columns")
 INNER = (r"\binner\b", "in_inner")
 
@@ -68,7 +70,9 @@ def refuses(node: Node) -> str | None:
     given = operands_of(node)
     x, weight, dtype = shape_of(given.x), shape_of(given.weight), dtype_of(given.x)
     if dtype not in HELD or dtype_of(node) != dtype or dtype_of(given.weight) != ("i8" if given.scale is not None else dtype):
-        return f"{node.name} is of {dtype} and {dtype_of(given.weight)}; the template takes one of {', '.join(HELD)}, or such with scaled i8"
+        return (
+            f"{node.name} is of {dtype} and {dtype_of(given.weight)}; the template takes one of {', '.join(HELD)}, or such with scaled i8"
+        )
     if len(weight) != 2 or not x or not all(isinstance(size, int) and size > 0 for size in weight):
         return f"{node.name} multiplies {list(x)} by {list(weight)}; the template takes rows by a matrix of known sizes"
     if x[-1] != given.inner or shape_of(node) != (*x[:-1], given.columns) or not all(map(is_plain, x)):
@@ -79,7 +83,9 @@ def refuses(node: Node) -> str | None:
     if given.bias is not None and shape_of(given.bias) != (given.columns,):
         return f"{node.name} has a bias of {list(shape_of(given.bias))}; the template takes {[given.columns]}"
     if given.scale is not None and (shape_of(given.scale)[:-1] != (given.columns,) or given.groups < 1 or given.inner % given.groups):
-        return f"{node.name} has scales of {list(shape_of(given.scale))}; the template takes {[given.columns]} by a divisor of {given.inner}"
+        return (
+            f"{node.name} has scales of {list(shape_of(given.scale))}; the template takes {[given.columns]} by a divisor of {given.inner}"
+        )
     return None
 
 
@@ -140,6 +146,22 @@ class Fused:
             emitter.write(node)
         return emitter
 
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The block sizes that fit, the best first."""
+        return self.schedules_for(self.rows)
+
+    def schedules_for(self, rows: int | None) -> tuple[Schedule, ...]:
+        """Those for so many rows, None if they vary."""
+        given = self.given
+        itemsize, length = DTYPES[dtype_of(given.x)].itemsize, given.inner // given.groups
+        return product_schedules(itemsize, rows, given.columns, length, self.held, is_scaled=given.groups > 1)
+
+    @property
+    def held(self) -> int:
+        """How many values of an element are held at once."""
+        return max(self.after.held(self.region.writes), 2)
+
     def _emitter(self, space: Space) -> Emitter:
         """Both spaces go along the same rows, so that axes which one passes over together are so in the other."""
         region, others = self.region, {self.given.weight, self.given.scale}
@@ -173,8 +195,7 @@ class Fused:
             return f"{other.name} is {list(shape_of(other))}; what goes along with {self.node.name} is {list(region.shape)}"
         symbols_of(region)
         self.before(is_whole=False)
-        _ = self.after
-        return None
+        return None if self.schedules else f"a program would hold {self.held} values of each element at once"
 
 
 def _not_beside(node: Node) -> str | None:

@@ -66,11 +66,11 @@ def attention_shared(options: Schedule, itemsize: int) -> int:
 
 
 FEW_ROWS = 16
-PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narrow; none of these spilled, whatever was computed beside
+PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narrow; narrower ones where more is held beside the sums
     ("half", "many"): (
-        (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3), (32, 32, 64, 4, 3), (32, 16, 64, 2, 3),
+        (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3), (32, 16, 64, 2, 3),
     ),
-    ("half", "few"): ((16, 64, 64, 4, 5), (16, 32, 64, 4, 6), (16, 16, 64, 2, 8)),
+    ("half", "few"): ((16, 64, 64, 4, 5), (16, 32, 64, 4, 4), (16, 16, 64, 2, 8)),
     ("full", "many"): ((32, 32, 32, 4, 3), (32, 16, 32, 4, 3)),
     ("full", "few"): ((16, 32, 32, 4, 4), (16, 16, 32, 2, 4)),
 }  # fmt: skip
@@ -78,21 +78,21 @@ CHIP = {"many": 132, "few": 264}  # programs that fill one: of the 132 units of 
 HELD_BESIDE = 256  # numbers of a thread for sums and what is computed of them
 
 
-def product_schedules(
-    itemsize: int, rows: int | None, columns: int, length: int, held: int, *, is_scaled: bool
-) -> tuple[Schedule, ...]:
+def product_schedules(itemsize: int, rows: int | None, columns: int, length: int, held: int, *, is_scaled: bool) -> tuple[Schedule, ...]:
     """The block sizes of a product that fit, the best first: the widest whose programs fill a chip, or else the narrowest.
 
-    rows: None if they vary; length: of a group of K, which a block does not go beyond; held: values of an element that are held at once.
+    None of them where too much is held. rows: None if they vary; length: of a group of K, which a block does not go beyond; held: values of an
+    element that are held at once.
     """
     precision, form = "half" if itemsize < 4 else "full", "few" if rows is not None and rows <= FEW_ROWS else "many"
-    found, filling = [], []
+    found: list[Schedule] = []
+    filling: list[Schedule] = []
     for block_rows, block_columns, block_inner, warps, stages in PRODUCT_BLOCKS[precision, form]:
         inner = min(block_inner, power_of_two(length))
         while is_scaled and inner > 16 and length % inner:
             inner //= 2
         options = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "BLOCK_INNER": inner, "num_warps": warps, "num_stages": stages}
-        if not found or block_rows * block_columns // (32 * warps) * held <= HELD_BESIDE:
+        if block_rows * block_columns // (32 * warps) * (held + is_scaled) <= HELD_BESIDE:
             found.insert(0, options)
             if rows is None or -(-rows // block_rows) * -(-columns // block_columns) >= CHIP[form]:
                 filling.append(options)

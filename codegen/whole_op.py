@@ -23,12 +23,13 @@ from paretorch.ir.ops import OpTemplate, is_op, op_of
 @dataclass(frozen=True)
 class Effort:
     """What a kernel does, as ints or sympy expressions. is_rated_alike: whether the price curve of the node's own op fits; otherwise it streams.
-    light_flops: of what is computed beside the op, at the rate of elementwise ops."""
+    rate: the share that it reaches of the rate of torch's kernel for the op; light_flops: of what is computed beside it, at the rate of light ops."""
 
     flops: Any
     bytes_moved: Any
     launches: int = 1
     is_rated_alike: bool = True
+    rate: float = 1.0
     light_flops: Any = 0
 
 

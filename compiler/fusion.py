@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -144,7 +144,8 @@ class Fusion:
         flops, moved = number(effort.flops, node), number(effort.bytes_moved, node)
         if effort.is_rated_alike:
             light = self.prices.kernel_cost(0.0, number(effort.light_flops, node), "f32", RUNTIME, 0)
-            return self.prices.op_cost(node, moved, flops, effort.launches, RUNTIME) + light
+            own = self.prices.op_cost(node, moved, flops / effort.rate, effort.launches, RUNTIME)
+            return replace(own, flops=flops) + light
         return self.prices.kernel_cost(moved, flops, "f32", RUNTIME, effort.launches)
 
     def _cost(self, region: Region) -> Cost | None:

@@ -60,5 +60,6 @@ LIBRARY.impl("int8_linear", int8_linear, "CompositeImplicitAutograd")
 
 define(Op(
     name="int8_linear", targets=(torch.ops.paretorch.int8_linear.default,), kind="matrix", flops=product_flops, bytes=inputs_and_output,
-    axes="linear", onnx="int8_linear", triton=OpTemplate("product", (("x", "x"), ("weight", "weight"), ("scale", "scale"), ("bias", "bias"))), definition=int8_linear,
+    axes="linear", onnx="int8_linear", definition=int8_linear,
+    triton=OpTemplate("product", (("x", "x"), ("weight", "weight"), ("scale", "scale"), ("bias", "bias"))),
 ))  # fmt: skip
