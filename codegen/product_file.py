@@ -119,7 +119,8 @@ def _left(fused: Fused, *, is_whole: bool) -> list[str]:
     emitter, x = fused.before(is_whole=is_whole), fused.given.x
     masks = "in_rows" if is_whole else "in_rows & in_inner"
     if x in fused.region.reads:
-        offset = emitter.offset(x, emitter.space.at)
+        dense = f"{times('row', fused.given.inner)} + inner"  # for one row, or one column, too
+        offset = dense if emitter.layouts[x].is_contiguous else emitter.offset(x, emitter.space.at)
         if all(re.search(pattern, offset) for pattern, _ in (ROWS, INNER)):
             return [f"left = tl.load({fused.names[x]}_ptr + {offset}, mask={masks}, other=0.0)"]
     name = emitter.value(x, emitter.space.at)
