@@ -21,7 +21,12 @@ from paretorch.codegen.schedules import FEW_ROWS
 from paretorch.codegen.triton_runtime import each_alone, with_kernels
 from paretorch.codegen.triton_text import render
 from paretorch.ir.graph import Graph
-from paretorch.ir.ops import aten
+from paretorch.ir.ops import aten, is_op
+from paretorch.rewrites.apply import apply_choice
+from paretorch.rewrites.example_models import Sizes as ModelSizes
+from paretorch.rewrites.example_models import transformer
+from paretorch.rewrites.precision.int8 import RULE
+from paretorch.rewrites.rule import MODEL
 from tests.kernel_cases import (
     DTYPES,
     TOLERANCE,
@@ -275,6 +280,18 @@ def test_price() -> None:
     (fused,) = fusion().plan(graph("without bias", "bf16", at)).regions
     assert (fused.cost.bytes_moved, fused.cost.flops - plain.cost.flops) == (plain.cost.bytes_moved, 4096)
     assert 0 < fused.cost.seconds - plain.cost.seconds < 1e-9
+
+
+def test_a_model_with_rounded_weights() -> None:
+    """Every product whose weights have eight bits is a kernel, with the activation and the residual that follow it."""
+    after = apply_choice(RULE, transformer(ModelSizes(2, 9, width=32)), MODEL, "int8")
+    plan = fusion().plan(after)
+    rounded = [node for node in after.calls if is_op(node, "int8_linear")]
+    inside = [node for fused in plan.regions for node in fused.region.nodes if node in rounded]
+    assert sorted(inside) == rounded
+    assert any(len(fused.region.nodes) > 1 for fused in plan.regions if fused.region.template == "product")
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    assert_close(with_kernels(after, plan.priced)[0](x), after.run(x), 1e-4)
 
 
 # compilers
