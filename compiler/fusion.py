@@ -5,7 +5,8 @@ the most predicted seconds are joined first: bytes that no longer travel and a l
 is broadcast or seen through several views is computed for each element that needs it. It ends where nothing saves any more. A union must be one
 kernel that a template takes, with values in registers, and must leave an order in which everything can run. A value with other users is written.
 
-An op with a template of its own is a region by itself, where torch has no kernel for just this and ours is predicted to take no longer.
+An op with a template of its own is a region by itself, where torch has no kernel for just this and ours is predicted to take no longer. A product
+joins what is elementwise before and after it, where that kernel is predicted to take less than the vendor's product and theirs.
 What no kernel takes, a lone elementwise op included, runs as torch; views cost nothing.
 """
 

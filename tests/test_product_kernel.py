@@ -205,6 +205,21 @@ def test_one_value_before_and_after() -> None:
     assert run_in_graph(of, values(of)).source.count("tl.exp(x)") == 2
 
 
+def test_parts_before_a_product() -> None:
+    """Halves of a packed value and joined ones are found by coordinates; what lies outside of a part is not read."""
+
+    def parts(b: Any, packed: Any, other: Any, w: Any) -> Any:
+        halves = b.split(packed, 12, -1)
+        gated = b.mul(b.silu(b.item(halves, 0)), b.item(halves, 1))
+        return b.relu(b.linear(b.cat([gated, b.neg(other)], -1), w))
+
+    of = graph_of(parts, packed="f32[3,7,24]", other="f32[3,7,5]", w="f32[9,17]")
+    inputs = values(of)
+    made = run_in_graph(of, inputs)
+    assert made.region.count("cat(") == 1
+    assert_close(launched_between_guards(made, inputs), of.run(*inputs), TOLERANCE["f32"])
+
+
 def test_rows_that_vary_are_arguments() -> None:
     of = graph_of(lambda b, x, w, s: b.relu(b.int8_linear(x, w, s)), x="f32[n,m,32]", w="i8[7,32]", s="f32[7,2]")
     made = kernel(of)
