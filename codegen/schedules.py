@@ -75,6 +75,7 @@ PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narr
     ("full", "few"): ((16, 32, 32, 4, 4), (16, 16, 32, 2, 4)),
 }  # fmt: skip
 CHIP = {"many": 132, "few": 264}  # programs that fill one: of the 132 units of an H100; where they wait for memory two each
+BESIDE_SCALED = 3  # sums of a group, and room for its scales: the widest blocks spilled in f16 on sm_90
 HELD_BESIDE = 256  # numbers of a thread for sums and what is computed of them
 
 
@@ -92,7 +93,7 @@ def product_schedules(itemsize: int, rows: int | None, columns: int, length: int
         while is_scaled and inner > 16 and length % inner:
             inner //= 2
         options = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "BLOCK_INNER": inner, "num_warps": warps, "num_stages": stages}
-        if block_rows * block_columns // (32 * warps) * (held + is_scaled) <= HELD_BESIDE:
+        if block_rows * block_columns // (32 * warps) * (held + BESIDE_SCALED * is_scaled) <= HELD_BESIDE:
             found.insert(0, options)
             if rows is None or -(-rows // block_rows) * -(-columns // block_columns) >= CHIP[form]:
                 filling.append(options)
