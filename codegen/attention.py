@@ -101,8 +101,9 @@ def goes_first(node: Node) -> bool:
     return banded or facts.softcap != 0.0 or any(given is not None for given in (facts.mask, facts.key_bias, facts.lengths, facts.pages))
 
 
-def effort(node: Node) -> Effort:
+def effort(region: Region) -> Effort:
     """As the op's own, but for keys that its position hides from a query: the blocks of those are not visited."""
+    node = region.nodes[0]
     facts, op = facts_of(node), op_of(node)
     assert op is not None  # a node of a row of the table
     query = shape_of(facts.query)
@@ -119,8 +120,9 @@ def seen_keys(facts: Facts, queries: Any, keys: Any) -> Any:
     return sympy.Min(keys, facts.left + facts.sinks + 1 + (facts.right if facts.right >= 0 else keys))
 
 
-def schedules(node: Node) -> tuple[Schedule, ...]:
+def schedules(region: Region) -> tuple[Schedule, ...]:
     """The largest blocks that every architecture holds, then smaller ones, then some that only part of them hold."""
+    node = region.nodes[0]
     facts = facts_of(node)
     query, value = shape_of(facts.query), shape_of(facts.value)
     rows = query[2] * facts.group if isinstance(query[2], int) else None
@@ -136,7 +138,7 @@ def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Buil
     node = region.nodes[0]
     facts = facts_of(node)
     roles = facts.roles
-    schedule = schedule or schedules(node)[0]
+    schedule = schedule or schedules(region)[0]
     names: dict[Node, str] = {}
     for role, operand in roles.items():
         names.setdefault(operand, role)

@@ -55,7 +55,8 @@ class Space:
     """What a kernel runs over: elements of `shape`, or rows of it along the last axis, whose element is then at `column`.
 
     position: the flat number of the element, or of the row. at: the coordinate of an element, where axes that are passed over together have it at
-    the last of them; lines: how it follows from the position.
+    the last of them; lines: how it follows from the position. column: where in its row an element is.
+    masks: (pattern of coordinates, the condition under which they are inside), for those that differ from element to element.
     """
 
     shape: tuple[Any, ...]
@@ -63,9 +64,12 @@ class Space:
     position: str
     at: At = ()
     lines: dict[str, str] = field(default_factory=dict)
+    column: str = COLUMN
+    masks: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         self.lead = self.shape[:-1] if self.is_rows else self.shape
+        self.masks = self.masks or ((rf"\b{COLUMN}\b" if self.is_rows else r"\b(place|at_\d+)\b", "inside"),)
 
     def split(self, merged: set[int]) -> None:
         """Set coordinates. merged: axes that are passed over together with the next one."""
@@ -86,7 +90,7 @@ class Space:
             if name != self.position:
                 self.lines[name] = text if place == 0 else remainder(text, size)
         if self.is_rows and self.shape[-1] != 1:
-            at[-1] = COLUMN
+            at[-1] = self.column
         self.at = tuple(at)
 
     def row_at(self, shape: Sequence[Any]) -> At:
@@ -102,6 +106,7 @@ class Emitter:
         self.layouts: dict[Node, Layout] = {node: layout_of(node, names[node]) for node in reads}
         self.merged: set[int] = set()  # axes that are passed over together with the next one
         self.lines: list[Line] = []
+        self.given: dict[Node, str] = {}  # variables of values that the template itself computes, at the space's own coordinates
         self.conditions: list[str] = []
         self.evaluations: Counter[Node] = Counter()
         self._known: dict[tuple[Node, At, str], str] = {}
@@ -109,6 +114,10 @@ class Emitter:
 
     def value(self, node: Node, at: At, mask: str = "") -> str:
         """The name of a variable that holds the node's element at this coordinate. Raises LoweringError if no line can be written for it."""
+        if node in self.given:
+            if at != self.space.at:
+                raise LoweringError(f"{node.name} is needed at other places than those where a program computes it")
+            return self.given[node]
         if node in self.layouts:
             return self._once(node, at, mask, self._load)
         source = source_of(node)
@@ -122,6 +131,10 @@ class Emitter:
         """The variable of a result of this space, or of one number of a row."""
         shape = shape_of(node)
         return self.value(node, self.space.at if shape == self.space.shape else self.space.row_at(shape))
+
+    def give(self, node: Node, text: str) -> None:
+        """Set what the template computes for this node at the space's own coordinates."""
+        self.given[node] = self._line(self.names[node], text)
 
     def held(self, writes: Sequence[Node]) -> int:
         """The most values of an element that are held at the same time, if all are loaded first."""
@@ -152,20 +165,19 @@ class Emitter:
         return name
 
     def _load(self, node: Node, at: At, mask: str) -> str:
-        offset = self._offset(node, at)
-        masks = " & ".join(self._masks(offset, mask))
+        offset = self.offset(node, at)
+        masks = " & ".join(self.masks(offset, mask))
         return self._line(self.names[node], load(node, self.names[node], offset, masks), is_load=True)
 
-    def _masks(self, offset: str, mask: str) -> list[str]:
-        """The conditions of a load; where the pointer is one number, those that differ from element to element cannot matter."""
-        elements = rf"\b{COLUMN}\b" if self.space.is_rows else r"\b(place|at_\d+)\b"
-        parts = mask.split(" & ") if mask else []
-        if re.search(elements, offset):
-            return ["inside", *parts]
+    def masks(self, offset: str, mask: str = "") -> list[str]:
+        """The conditions of a load; those on coordinates that the pointer does not have cannot matter."""
         texts = dict(line.split(" = ", 1) for line in self.conditions)
-        return [part for part in parts if not re.search(elements, texts[part])]
+        absent = [pattern for pattern, _ in self.space.masks if not re.search(pattern, offset)]
+        parts = [part for part in mask.split(" & ") if mask and not any(re.search(pattern, texts[part]) for pattern in absent)]
+        return [condition for pattern, condition in self.space.masks if pattern not in absent] + parts
 
-    def _offset(self, node: Node, at: At) -> str:
+    def offset(self, node: Node, at: At) -> str:
+        """The number of the node's element at this coordinate, counted from its first."""
         layout, space = self.layouts[node], self.space
         shape, lead = shape_of(node), len(space.lead)
         if layout.is_contiguous and shape[:lead] == space.lead and at[:lead] == space.at[:lead]:  # as it lies in memory

@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -208,14 +208,16 @@ def load(node: Node, name: str, offset: str, mask: str) -> str:
     return text if held == dtype_of(node) else f"{text}.to({LANGUAGE_TYPES[held]})"
 
 
-def unique_names(nodes: Iterable[Node]) -> dict[Node, str]:
-    """A Python name for each node: its own where that is free."""
-    names: dict[Node, str] = {}
+def unique_names(nodes: Iterable[Node], roles: Mapping[Node, str] | None = None, others: Collection[str] = ()) -> dict[Node, str]:
+    """A Python name for each node: its own where that is free. roles: names that are given; others: those that a template uses itself."""
+    names: dict[Node, str] = dict(roles or {})
     for node in nodes:
+        if node in names:
+            continue
         plain = re.sub(r"\W", "_", node.name)
         taken = plain in RESERVED or keyword.iskeyword(plain) or RESERVED_FORMS.fullmatch(plain) is not None
         name = f"{plain}_value" if taken else plain
-        while name in names.values():
+        while name in others or name in names.values():
             name += "_"
         names[node] = name
     return names

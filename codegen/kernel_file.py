@@ -23,6 +23,7 @@ from paretorch.ir.graph import shape_of, type_of
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import DTYPES, size_of
 
+Symbols = Sequence[tuple[str, str]]  # (symbol, the launcher's text for it)
 LONGEST_LINE = 130
 EXAMPLE_SIZE = 64  # what a symbolic size is when a file runs alone
 
@@ -126,7 +127,7 @@ class Launch:
 
     name: str
     emitter: Emitter
-    symbols: list[tuple[str, str]]
+    symbols: Symbols
     schedule: Schedule
     constants: Schedule
     predicted: tuple[float, str] | None
@@ -164,13 +165,13 @@ def file_text(region: Region, launch: Launch, kernel: str) -> str:
     grid = f"({rows},)" if region.is_rows else f'(triton.cdiv({first}.numel(), SCHEDULE["BLOCK"]),)'
     call = wrapped(", ".join([*reads, *writes, *strides, *(symbol for symbol, _ in launch.symbols), *constants, "**SCHEDULE"]), 2)
     launches = [
-        *_prepare(region, launch),
+        *prepared(region, launch.emitter, launch.symbols),
         f"if {writes[0]}.numel() > 0:",
         f"    {launch.name}[{grid}](",
         *call.splitlines(),
         "    )",
     ]
-    reference = [*_symbol_lines(launch, reads), *_reference(region, names)]
+    reference = [*symbol_lines(launch.symbols, reads), *(torch_line(node, names) for node in region.nodes)]
     parts = FileParts(launch.name, kernel, names, launches, reference, launch.schedule, launch.predicted)
     return file_of(region, parts)
 
@@ -237,9 +238,9 @@ def _predicted(predicted: tuple[float, str] | None) -> str:
     return "not priced" if predicted is None else f"predicted {predicted[0] * 1e6:.1f} us on {predicted[1]}"
 
 
-def _prepare(region: Region, launch: Launch) -> list[str]:
+def prepared(region: Region, emitter: Emitter, symbols: Symbols) -> list[str]:
     """Lines that bring operands into the layouts that the kernel takes, and make room for results."""
-    names, emitter, lines = launch.emitter.names, launch.emitter, []
+    names, lines = emitter.names, []
     reads = [names[node] for node in region.reads]
     for node in region.reads:
         layout = emitter.layouts[node]
@@ -248,7 +249,7 @@ def _prepare(region: Region, launch: Launch) -> list[str]:
             lines.append(f"{names[node]} = {names[node]}.contiguous()")
         elif layout.unit_axis is not None or pairs:
             lines.append(f"{names[node]} = laid({names[node]}, {layout.unit_axis}, {pairs})")
-    lines += _symbol_lines(launch, reads)
+    lines += symbol_lines(symbols, reads)
     for node in region.writes:
         sizes = ", ".join(size_text(size) for size in shape_of(node))
         dtype = DTYPES[dtype_of(node)]
@@ -258,8 +259,9 @@ def _prepare(region: Region, launch: Launch) -> list[str]:
     return lines
 
 
-def _symbol_lines(launch: Launch, reads: Sequence[str]) -> list[str]:
-    return [f"{symbol} = {text.format(*reads)}" for symbol, text in launch.symbols]
+def symbol_lines(symbols: Symbols, reads: Sequence[str]) -> list[str]:
+    """Lines that set symbolic sizes. reads: names of what is read."""
+    return [f"{symbol} = {text.format(*reads)}" for symbol, text in symbols]
 
 
 def _lines(lines: Iterable[str]) -> str:
@@ -269,8 +271,9 @@ def _lines(lines: Iterable[str]) -> str:
 # the same in torch
 
 
-def _reference(region: Region, names: dict[Node, str]) -> list[str]:
-    return [f"{names[node]} = {_torch_call(node, names)}" for node in region.nodes]
+def torch_line(node: Node, names: dict[Node, str]) -> str:
+    """This node as a call of torch."""
+    return f"{names[node]} = {_torch_call(node, names)}"
 
 
 def _torch_call(node: Node, names: dict[Node, str]) -> str:

@@ -36,16 +36,17 @@ def refuses(node: Node) -> str | None:
     return None
 
 
-def effort(node: Node) -> Effort:
+def effort(region: Region) -> Effort:
     """The op's own work in two launches; the metric is read for each block of rows, mostly from a cache."""
+    node = region.nodes[0]
     op = op_of(node)
     assert op is not None  # a node of a row of the table
     return Effort(op.flops(node), op.bytes(node), 2, is_rated_alike=False)
 
 
-def schedules(node: Node) -> tuple[Schedule, ...]:
+def schedules(region: Region) -> tuple[Schedule, ...]:
     """Square blocks; then with twice as many warps, of half the rows for more programs, of half the tokens, and with a deeper pipeline."""
-    metric = arguments(node)["metric"]
+    metric = arguments(region.nodes[0])["metric"]
     block = 32 if dtype_of(metric) == "f32" else 64
     width = min(power_of_two(shape_of(metric)[2]), block)
     forms = ((block, block, 4, 2), (block, block, 8, 2), (block // 2, block, 4, 2), (block, block // 2, 4, 2), (block, block, 4, 3))
@@ -67,7 +68,7 @@ def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Buil
     node = region.nodes[0]
     given = arguments(node)
     metric, size = given["metric"], given["size"]
-    schedule = schedule or schedules(node)[0]
+    schedule = schedule or schedules(region)[0]
     names = {metric: "metric"} if size is None else {metric: "metric", size: "size"}
     names |= {part: RESULTS[int(str(part.args[1]))] for part in region.writes}
     strides = stride_kinds(metric, "metric", (0, 1))

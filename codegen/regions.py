@@ -15,17 +15,17 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 
-import sympy
 from torch.fx import Node
 
 from paretorch.codegen.coordinates import source_of
 from paretorch.codegen.emission import Emitter, emitter_for
 from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible, row_text, unique_names
 from paretorch.codegen.kernel import Binary, Kernel, KernelTemplate, Region, Schedule
+from paretorch.codegen.symbols import symbols_of
 from paretorch.codegen.templates import TEMPLATES
 from paretorch.codegen.templates.row import LONGEST_ROW, MOST_WARPS
 from paretorch.codegen.whole_op import WholeOp, region_of_op, template_name
-from paretorch.codegen.whole_ops import WHOLE_OPS
+from paretorch.codegen.whole_ops import WHOLE_OPS, not_taken
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph, arguments, shape_of
 from paretorch.ir.ops import is_op
@@ -84,10 +84,8 @@ def is_tensor(node: Node) -> bool:
 
 def covers(region: Region) -> KernelTemplate | WholeOp | str:
     """The template that takes this region, or a sentence."""
-    if region.template in WHOLE_OPS and not region.writes:
-        return "nobody uses its values"
     if region.template in WHOLE_OPS:
-        return WHOLE_OPS[region.template].refuses(region.nodes[0]) or WHOLE_OPS[region.template]
+        return not_taken(region) or WHOLE_OPS[region.template]
     try:
         emitted(region)
     except LoweringError as error:
@@ -119,22 +117,6 @@ def _emitter(region: Region) -> Emitter:
     return emitter
 
 
-def symbols_of(region: Region) -> list[tuple[str, str]]:
-    """(symbol, launcher's text for it) of the symbolic sizes. Raises LoweringError for one that is no axis of what is read."""
-    sizes = [size for node in (*region.nodes, *region.reads) if is_tensor(node) for size in shape_of(node)]
-    free = sorted({symbol for size in sizes if not isinstance(size, int) for symbol in size.free_symbols}, key=str)
-    return [(str(symbol), _symbol_text(symbol, region)) for symbol in free]
-
-
-def _symbol_text(symbol: sympy.Symbol, region: Region) -> str:
-    """ "{0}.shape[1]", with the place of the read whose axis has this size."""
-    for place, node in enumerate(region.reads):
-        for axis, size in enumerate(shape_of(node)):
-            if size == symbol:
-                return f"{{{place}}}.shape[{axis}]"
-    raise LoweringError(f"the size {symbol} is no axis of what is read, so the launcher cannot tell it")
-
-
 def _registers(region: Region, emitter: Emitter) -> int:
     """How many values a thread holds at once, at the default schedule."""
     options = default_schedule(region, emitter)
@@ -149,7 +131,7 @@ def default_schedule(region: Region, emitter: Emitter) -> Schedule:
 def schedules_of(region: Region) -> tuple[Schedule, ...]:
     """What its template offers for this region, the default first. Raises LoweringError if no template takes it."""
     if region.template in WHOLE_OPS:
-        return WHOLE_OPS[region.template].schedules(region.nodes[0])
+        return WHOLE_OPS[region.template].schedules(region)
     return _schedules(region, emitted(region))
 
 
@@ -185,11 +167,19 @@ def _unlike(region: Region) -> str | None:
 
 
 def _template(nodes: Sequence[Node]) -> str:
+    own = _joining(nodes)
+    if own is not None:
+        return template_name(own) or ""
     rows = [node for node in nodes if row_text(node) is not None]
     if not rows:
         return "elementwise"
     width = _row_shape(rows[0])[-1]
     return "long_row" if isinstance(width, int) and width > LONGEST_ROW else "row"
+
+
+def _joining(nodes: Sequence[Node]) -> Node | None:
+    """The node of a whole op whose template takes others beside it."""
+    return next((node for node in nodes if (name := template_name(node)) is not None and WHOLE_OPS[name].joins is not None), None)
 
 
 def _row_shape(node: Node) -> tuple[object, ...]:
@@ -200,7 +190,9 @@ def _row_shape(node: Node) -> tuple[object, ...]:
 
 
 def _space(nodes: Sequence[Node], writes: Sequence[Node]) -> tuple[object, ...]:
-    rows = [node for node in nodes if row_text(node) is not None]
+    own, rows = _joining(nodes), [node for node in nodes if row_text(node) is not None]
+    if own is not None:
+        return shape_of(own)
     return _row_shape(rows[0]) if rows else shape_of((writes or nodes)[0])
 
 

@@ -80,3 +80,38 @@ def attention_shared(options: Schedule, itemsize: int) -> int:
     """Bytes of the keys and values of one stage, and of the queries: what AMD's pipeline holds."""
     keys = options["BLOCK_KEYS"] * (options["BLOCK_WIDTH"] + options["BLOCK_VALUE"])
     return (keys + options["BLOCK_ROWS"] * options["BLOCK_WIDTH"]) * itemsize
+
+
+FEW_ROWS = 16
+PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narrow; narrower ones where more is held beside the sums
+    ("half", "many"): (
+        (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3), (32, 16, 64, 2, 3),
+    ),
+    ("half", "few"): ((16, 64, 64, 4, 5), (16, 32, 64, 4, 4), (16, 16, 64, 2, 8)),
+    ("full", "many"): ((32, 32, 32, 4, 3), (32, 16, 32, 4, 3)),
+    ("full", "few"): ((16, 32, 32, 4, 4), (16, 16, 32, 2, 4)),
+}  # fmt: skip
+CHIP = {"many": 132, "few": 264}  # programs that fill one: of the 132 units of an H100; where they wait for memory two each
+BESIDE_SCALED = 3  # sums of a group, and room for its scales: the widest blocks spilled in f16 on sm_90
+HELD_BESIDE = 256  # numbers of a thread for sums and what is computed of them
+
+
+def product_schedules(itemsize: int, rows: int | None, columns: int, length: int, held: int, *, is_scaled: bool) -> tuple[Schedule, ...]:
+    """The block sizes of a product that fit, the best first: the widest whose programs fill a chip, or else the narrowest.
+
+    None of them where too much is held. rows: None if they vary; length: of a group of K, which a block does not go beyond; held: values of an
+    element that are held at once.
+    """
+    precision, form = "half" if itemsize < 4 else "full", "few" if rows is not None and rows <= FEW_ROWS else "many"
+    found: list[Schedule] = []
+    filling: list[Schedule] = []
+    for block_rows, block_columns, block_inner, warps, stages in PRODUCT_BLOCKS[precision, form]:
+        inner = min(block_inner, power_of_two(length))
+        while is_scaled and inner > 16 and length % inner:
+            inner //= 2
+        options = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "BLOCK_INNER": inner, "num_warps": warps, "num_stages": stages}
+        if block_rows * block_columns // (32 * warps) * (held + BESIDE_SCALED * is_scaled) <= HELD_BESIDE:
+            found.insert(0, options)
+            if rows is None or -(-rows // block_rows) * -(-columns // block_columns) >= CHIP[form]:
+                filling.append(options)
+    return (*filling, *(options for options in found if options not in filling))

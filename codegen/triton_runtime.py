@@ -19,6 +19,8 @@ from paretorch.codegen.kernel import Kernel, Region
 from paretorch.codegen.regions import can_compute, covers, is_schedulable, region_of
 from paretorch.codegen.triton_text import render
 from paretorch.codegen.tuning import Tuner
+from paretorch.codegen.whole_op import template_name
+from paretorch.codegen.whole_ops import WHOLE_OPS
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import Graph, shape_of
 from paretorch.ir.protocols import Executable
@@ -29,8 +31,14 @@ Priced = tuple[Region, tuple[float, str] | None]  # predicted: seconds of one la
 
 def each_alone(graph: Graph) -> list[Priced]:
     """A region for every node that a kernel can compute: what is run where nothing was planned."""
-    regions = [region_of([node]) for node in graph.calls if can_compute(node)]
+    regions = [region_of([node]) for node in graph.calls if can_compute(node) and not _is_plain_product(node)]
     return [(region, None) for region in regions if not isinstance(covers(region), str)]
+
+
+def _is_plain_product(node: Node) -> bool:
+    """Whether torch has a kernel for just this, and there is a template for the sake of what goes along with it."""
+    template = WHOLE_OPS.get(template_name(node) or "")
+    return template is not None and template.joins is not None and not template.goes_first(node)
 
 
 class TritonRuntime:

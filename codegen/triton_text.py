@@ -14,15 +14,15 @@ from paretorch.codegen.emission import COLUMN, IDENTITY, Emitter, Line
 from paretorch.codegen.expressions import LANGUAGE_TYPES, TRITON_TYPES, compute_type, dtype_of
 from paretorch.codegen.kernel import Kernel, Region, Schedule
 from paretorch.codegen.kernel_file import LONGEST_LINE, FileParts, Launch, file_of, file_text, region_text, wrapped
-from paretorch.codegen.regions import default_schedule, emitted, symbols_of
+from paretorch.codegen.regions import default_schedule, emitted
+from paretorch.codegen.symbols import symbols_of
 from paretorch.codegen.templates import TEMPLATES
 from paretorch.codegen.templates.long_row import PASS
-from paretorch.codegen.whole_ops import WHOLE_OPS
+from paretorch.codegen.triton_offsets import coordinates, wide
+from paretorch.codegen.whole_ops import WHOLE_OPS, not_taken
 from paretorch.ir.errors import LoweringError
 from paretorch.ir.graph import shape_of
 from paretorch.ir.ops import op_of
-
-LARGEST_OFFSET = 2**31 - 2**16  # the last block goes past the end, and must not go past what 32 bits hold
 
 
 def render(
@@ -47,7 +47,7 @@ def render(
     parameters = (*pointers, *strides, *((symbol, "i64") for symbol, _ in symbols))
     shown = ", ".join(parameter if kind != "i64" else f"{parameter}: tl.int64" for parameter, kind in parameters)
     slots = _long_slots(region, emitter) if region.template == "long_row" else _slots(region, emitter)
-    text = template.fill(kernel=name, parameters=shown, wide=_wide(region), count=size_text(product(region.shape)), **slots)
+    text = template.fill(kernel=name, parameters=shown, wide=wide(region), count=size_text(product(region.shape)), **slots)
     head, _, rest = text.partition("):\n")
     if len(head) > LONGEST_LINE:
         opened, _, listed = head.partition("(")
@@ -61,7 +61,7 @@ def render(
 
 def _render_op(region: Region, name: str, schedule: Schedule | None, predicted: tuple[float, str] | None) -> Kernel:
     """The kernel of an op that has a template of its own. Raises LoweringError."""
-    reason = WHOLE_OPS[region.template].refuses(region.nodes[0])
+    reason = not_taken(region)
     if reason is not None:
         raise LoweringError(f"template {region.template} cannot take {region}: {reason}")
     built = WHOLE_OPS[region.template].build(region, name, schedule)
@@ -80,12 +80,6 @@ def _name(region: Region, number_of_kernel: int) -> str:
     return f"kernel_{number_of_kernel:02d}_{'_'.join(shown[:4])}" + ("_etc" if len(shown) > 4 else "")
 
 
-def _wide(region: Region) -> str:
-    """ ".to(tl.int64)" unless every offset surely fits into 32 bits; strides are 64-bit arguments anyway."""
-    sizes = [product(shape_of(node)) for node in (*region.reads, *region.writes)] + [product(region.shape)]
-    return "" if all(isinstance(size, int) and size <= LARGEST_OFFSET for size in sizes) else ".to(tl.int64)"
-
-
 def _slots(region: Region, emitter: Emitter) -> dict[str, str]:
     loads = [line for line in emitter.lines if line.is_load]
     body = [line for line in emitter.lines if not line.is_load]
@@ -97,11 +91,6 @@ def _slots(region: Region, emitter: Emitter) -> dict[str, str]:
         "body": indented(map(str, body)),
         "stores": indented(text for _, text in stores),
     }
-
-
-def coordinates(emitter: Emitter, used: str) -> list[str]:
-    """The lines of those coordinates that are used."""
-    return [f"{name} = {text}" for name, text in emitter.space.lines.items() if re.search(rf"\b{name}\b", used)]
 
 
 def _stores(region: Region, emitter: Emitter) -> list[tuple[bool, str]]:

@@ -22,12 +22,15 @@ from paretorch.ir.ops import OpTemplate, is_op, op_of
 
 @dataclass(frozen=True)
 class Effort:
-    """What a kernel does, as ints or sympy expressions. is_rated_alike: whether the price curve of the node's own op fits; otherwise it streams."""
+    """What a kernel does, as ints or sympy expressions. is_rated_alike: whether the price curve of the node's own op fits; otherwise it streams.
+    rate: the share that it reaches of the rate of torch's kernel for the op; light_flops: of what is computed beside it, at the rate of light ops."""
 
     flops: Any
     bytes_moved: Any
     launches: int = 1
     is_rated_alike: bool = True
+    rate: float = 1.0
+    light_flops: Any = 0
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,27 @@ class Built:
 @dataclass(frozen=True)
 class WholeOp:
     """refuses: (node) -> None or a sentence; goes_first: (node) -> whether torch has no kernel for just this, so that ours runs where it costs no more;
-    effort: (node) -> Effort; schedules: (node) -> what may be tried, the default first; build: (region, name of the kernel, schedule or None)
-    -> Built."""
+    effort: (region) -> Effort; schedules: (region) -> what may be tried, the default first; build: (region, name of the kernel, schedule or None) ->
+    Built; joins: (region of the op and others) -> None or why they are not one kernel, itself None where the op is always alone."""
 
     name: str
     refuses: Callable[[Node], str | None]
     goes_first: Callable[[Node], bool]
-    effort: Callable[[Node], Effort]
-    schedules: Callable[[Node], tuple[Schedule, ...]]
+    effort: Callable[[Region], Effort]
+    schedules: Callable[[Region], tuple[Schedule, ...]]
     build: Callable[[Region, str, Schedule | None], Built]
+    joins: Callable[[Region], str | None] | None = None
 
 
 def template_name(node: Node) -> str | None:
     """The template of whole ops that the op table names for this node."""
     op = op_of(node)
     return op.triton.name if op is not None and isinstance(op.triton, OpTemplate) else None
+
+
+def own_node(region: Region) -> Node:
+    """The node that gives a region of a whole op its template."""
+    return next(node for node in region.nodes if template_name(node) == region.template)
 
 
 def region_of_op(node: Node) -> Region:

@@ -5,15 +5,16 @@ the most predicted seconds are joined first: bytes that no longer travel and a l
 is broadcast or seen through several views is computed for each element that needs it. It ends where nothing saves any more. A union must be one
 kernel that a template takes, with values in registers, and must leave an order in which everything can run. A value with other users is written.
 
-An op with a template of its own is a region by itself, where torch has no kernel for just this and ours is predicted to take no longer.
+An op with a template of its own is a region by itself, where torch has no kernel for just this and ours is predicted to take no longer. A product
+joins what is elementwise before and after it, where that kernel is predicted to take less than the vendor's product and theirs.
 What no kernel takes, a lone elementwise op included, runs as torch; views cost nothing.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,8 +26,8 @@ from paretorch.codegen.expressions import dtype_of, row_text
 from paretorch.codegen.kernel import Region
 from paretorch.codegen.regions import can_compute, emitted, region_of
 from paretorch.codegen.triton_runtime import Priced, signature
-from paretorch.codegen.whole_op import Effort, template_name
-from paretorch.codegen.whole_ops import WHOLE_OPS
+from paretorch.codegen.whole_op import own_node, template_name
+from paretorch.codegen.whole_ops import WHOLE_OPS, not_taken
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.work import number, other_sizes
 from paretorch.ir.errors import LoweringError
@@ -110,7 +111,7 @@ class Fusion:
         return kept[key]
 
     def _plan(self, graph: Graph) -> FusionPlan:
-        merging = _Merging(graph, self.cost)
+        merging = _Merging(graph, self.cost, self._alone)
         chosen = [nodes for nodes in merging.run() if len(nodes) > 1 or row_text(nodes[0]) is not None or self._goes_first(nodes[0])]
         fused = []
         for nodes in chosen:
@@ -132,6 +133,12 @@ class Fusion:
             self._known[key] = self._cost(region)
         return self._known[key]
 
+    def _alone(self, node: Node, cost: Cost) -> float:
+        """Seconds of a node that a kernel could compute, if nothing joins it: by torch, where that is what runs."""
+        if template_name(node) is None or self._goes_first(node):
+            return cost.seconds
+        return self.prices.node_cost(node, RUNTIME).seconds
+
     def _goes_first(self, node: Node) -> bool:
         """Whether a kernel of its own stands in for torch's."""
         name, cost = template_name(node), self.cost([node])
@@ -144,16 +151,18 @@ class Fusion:
             return self.prices.node_cost(node, RUNTIME)
         return self.cost([node]) or NOTHING
 
-    def _whole(self, node: Node, effort: Effort) -> Cost:
+    def _whole(self, region: Region) -> Cost:
+        node, effort = own_node(region), WHOLE_OPS[region.template].effort(region)
         flops, moved = number(effort.flops, node), number(effort.bytes_moved, node)
         if effort.is_rated_alike:
-            return self.prices.op_cost(node, moved, flops, effort.launches, RUNTIME)
+            light = self.prices.kernel_cost(0.0, number(effort.light_flops, node), "f32", RUNTIME, 0)
+            own = self.prices.op_cost(node, moved, flops / effort.rate, effort.launches, RUNTIME)
+            return replace(own, flops=flops) + light
         return self.prices.kernel_cost(moved, flops, "f32", RUNTIME, effort.launches)
 
     def _cost(self, region: Region) -> Cost | None:
         if region.template in WHOLE_OPS:
-            template, node = WHOLE_OPS[region.template], region.nodes[0]
-            return self._whole(node, template.effort(node)) if template.refuses(node) is None and region.writes else None
+            return self._whole(region) if not_taken(region) is None else None
         try:
             emitter = emitted(region)
         except LoweringError:
@@ -189,7 +198,8 @@ class _Merging:
     """Clusters of nodes, joined pair by pair. Views are no nodes here: who looks at a value through them uses the value."""
 
     graph: Graph
-    price: Any
+    price: Callable[[Sequence[Node]], Cost | None]
+    alone: Callable[[Node, Cost], float]
     clusters: dict[int, list[Node]] = field(default_factory=dict)
     home: dict[Node, int] = field(default_factory=dict)
     before: dict[int, set[int]] = field(default_factory=dict)
@@ -216,7 +226,7 @@ class _Merging:
                 self.after[source].add(place)
             cost = self.price([node]) if can_compute(node) else None
             if cost is not None:
-                self.seconds[place] = cost.seconds
+                self.seconds[place] = self.alone(node, cost)
         for place in list(self.seconds):
             for other in self._near(place):
                 if other > place:
@@ -226,10 +236,14 @@ class _Merging:
         """Kernels that this one reads, that read it, or that come next among those that read the same value."""
         found = dict.fromkeys(sorted(self.before[place] | self.after[place]))
         for source in sorted(self.before[place]):
-            readers = sorted(self.after[source] & self.seconds.keys())
+            readers = [reader for reader in sorted(self.after[source]) if reader in self.seconds and not self._is_whole(reader)]
             at = readers.index(place) if place in readers else -1
-            found |= dict.fromkeys(readers[max(at - 1, 0) : at + 2])
+            found |= dict.fromkeys(readers[max(at - 1, 0) : at + 2] if at >= 0 else ())
         return [other for other in found if other in self.seconds and other != place]
+
+    def _is_whole(self, place: int) -> bool:
+        """Whether an op with a template of its own is there, which shares no kernel with one that merely reads the same."""
+        return any(template_name(node) is not None for node in self.clusters[place])
 
     def _offer(self, first: int, second: int) -> None:
         cost = self.price(_ordered((*self.clusters[first], *self.clusters[second])))

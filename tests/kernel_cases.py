@@ -29,8 +29,8 @@ from paretorch.ir.types import parse_type
 
 
 def mend_interpreter() -> None:
-    """Triton's interpreter multiplies blocks of bf16 by their bits; here it widens them first, as matrix units do. That of triton 3.6 cannot
-    count to a computed number with numpy 2.4, which takes no array of one element for a number."""
+    """Triton's interpreter multiplies blocks of bf16 by their bits, and takes integers for these; here it widens them first, as matrix units do,
+    and rounds. That of triton 3.6 cannot count to a computed number with numpy 2.4, which takes no array of one element for a number."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -48,7 +48,14 @@ def mend_interpreter() -> None:
         set_up(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self: Any, block: Any, to: Any) -> Any:
+        is_whole = to.scalar == tl.bfloat16 and not block.dtype.scalar.is_floating()
+        return cast(self, cast(self, block, tl.float32) if is_whole else block, to)
+
     interpreter._patch_lang_tensor = counting
+    interpreter.InterpreterBuilder.cast_impl = rounded
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, wide(a), wide(b), *rest)
 
 
@@ -127,7 +134,7 @@ def width_of(x: Any) -> int:
 
 
 GUARD = 4096
-MARK = {torch.bool: True, torch.int32: 1 << 30, torch.int64: 1 << 30}
+MARK = {torch.bool: True, torch.int8: 101, torch.int32: 1 << 30, torch.int64: 1 << 30}
 
 
 def between_guards(x: Tensor, mark: float) -> tuple[Tensor, Tensor]:

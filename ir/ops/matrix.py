@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from paretorch.ir.graph import arguments
 from paretorch.ir.ops.costs import inputs_and_output, output, tensors, value_type
-from paretorch.ir.ops.table import Missing, Op, aten, define
+from paretorch.ir.ops.table import Missing, Op, OpTemplate, aten, define
 
 
 def _operand(node: Node, place: int) -> Any:
@@ -80,16 +80,25 @@ def recurrent_flops(node: Node) -> Any:
     return 2 * prod(_operand(node, 0).shape[:-1]) * sum(weight.numel for weight in weights if weight.rank == 2)  # type: ignore[union-attr]
 
 
-def _product(name: str, overloads: str, axes: str | None, flops: Any = product_flops, onnx: str | Missing = "MatMul") -> None:
+def _product(
+    name: str,
+    overloads: str,
+    axes: str | None,
+    flops: Any = product_flops,
+    onnx: str | Missing = "MatMul",
+    *,
+    roles: dict[str, str] | None = None,
+) -> None:
     define(Op(
         name=name, targets=tuple(aten(overload) for overload in overloads.split()), kind="matrix",
         flops=flops, bytes=inputs_and_output, axes=axes, onnx=onnx,
+        triton=OpTemplate("product", tuple(roles.items())) if roles is not None else Missing("the vendor's product"),
     ))  # fmt: skip
 
 
-_product("linear", "linear.default", "linear")
-_product("matmul", "matmul.default", "matmul")
-_product("mm", "mm.default", "matmul")
+_product("linear", "linear.default", "linear", roles={"x": "input", "weight": "weight", "bias": "bias"})
+_product("matmul", "matmul.default", "matmul", roles={"x": "self", "turned_weight": "other"})
+_product("mm", "mm.default", "matmul", roles={"x": "self", "turned_weight": "mat2"})
 _product("bmm", "bmm.default", "matmul")
 _product("addmm", "addmm.default", "addmm", biased_product_flops)
 _product("baddbmm", "baddbmm.default", "addmm", biased_product_flops)

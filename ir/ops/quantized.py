@@ -16,7 +16,7 @@ from torch import Tensor
 from paretorch.ir.ops.costs import inputs_and_output
 from paretorch.ir.ops.library import LIBRARY
 from paretorch.ir.ops.matrix import product_flops
-from paretorch.ir.ops.table import Missing, Op, define
+from paretorch.ir.ops.table import Op, OpTemplate, define
 
 LARGEST = 127
 GROUPS = (64, 32, 16)  # lengths of groups that runtimes multiply fast; the first that divides a row is taken
@@ -60,5 +60,6 @@ LIBRARY.impl("int8_linear", int8_linear, "CompositeImplicitAutograd")
 
 define(Op(
     name="int8_linear", targets=(torch.ops.paretorch.int8_linear.default,), kind="matrix", flops=product_flops, bytes=inputs_and_output,
-    axes="linear", onnx="int8_linear", triton=Missing("runs as torch: a cast, two products"), definition=int8_linear,
+    axes="linear", onnx="int8_linear", definition=int8_linear,
+    triton=OpTemplate("product", (("x", "x"), ("weight", "weight"), ("scale", "scale"), ("bias", "bias"))),
 ))  # fmt: skip

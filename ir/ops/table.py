@@ -119,9 +119,10 @@ class RowText:
 
 @dataclass(frozen=True)
 class OpTemplate:
-    """The op is a kernel of its own: the name of a template of whole ops."""
+    """The op is a kernel of its own: the name of a template of whole ops. roles: (what the template calls an operand, the op's argument)."""
 
     name: str
+    roles: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
