@@ -2,6 +2,7 @@
 
     python benchmarks/frontier.py                    # writes benchmarks/results/frontier.json and .md, and docs/frontier.png
     python benchmarks/frontier.py --models minilm --samples 400 --rounds 5
+    python benchmarks/frontier.py --race             # times the plans in frontier.json anew, on a quiet machine
 
 Each rule takes the same step after every layer, in all a share of the tokens at each of `TOTALS`; the selection finds a number for each layer, on its
 own data, with `tome` alone and with all rules of the family, within the drift that `tome` has there with the same step in every layer. All plans of a
@@ -32,14 +33,16 @@ from paretorch.capture import capture
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.cost_model.devices import Target
 from paretorch.cost_model.measure import AGAIN, again, race, ratio
-from paretorch.cost_model.quality import Drop, drift, paired_drop
+from paretorch.cost_model.quality import drift as distance
+from paretorch.cost_model.quality import paired_drop
 from paretorch.exact import apply_exact
 from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import PlanError
 from paretorch.ir.graph import Graph
 from paretorch.metrics import top1
+from paretorch.plan import Choice
 from paretorch.rewrites import RULES
-from paretorch.rewrites.apply import Candidate, apply_choice, propose
+from paretorch.rewrites.apply import Candidate, propose
 from paretorch.rewrites.normalize import normalize
 from paretorch.search import frontier, search
 from paretorch.session import Session, open_session
@@ -58,6 +61,7 @@ SAMPLES, RANKING = 1_000, 1_500  # that no search sees; of which the search rank
 ROUNDS = 40
 
 Run = Callable[..., Any]
+Choices = tuple[Choice, ...]
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,9 @@ def opened(subject: Subject) -> tuple[Session, list[Candidate]]:
     return session, candidates
 
 
-def constant(session: Session, candidates: Sequence[Candidate]) -> dict[str, Graph]:
+def constant(session: Session, candidates: Sequence[Candidate]) -> dict[str, Choices]:
     """Plans by name: each form of each rule with the same step in every layer, at `TOTALS` or what of its knob is nearest."""
-    found: dict[str, Graph] = {}
+    found: dict[str, Choices] = {}
     sites: dict[tuple[str, int], list[Candidate]] = {}
     for candidate in candidates:
         earlier = sum(1 for (name, form) in sites if name == candidate.rule.name and candidate.site.name in _names(sites[name, form]))
@@ -196,13 +200,14 @@ def constant(session: Session, candidates: Sequence[Candidate]) -> dict[str, Gra
     for (name, form), places in sites.items():
         for total in sorted((*TOTALS, *FINER) if name == "tome" else TOTALS):
             knob = _knob(places[0], total / len(places), _tokens(session.exact, places[0]))
-            graph = session.exact
+            chosen: Choices = ()
             for place in places:
                 try:
-                    graph = apply_choice(place.rule, graph, place.site.name, knob)
+                    session.apply((*chosen, Choice(name, place.site.name, knob)))
                 except PlanError:
                     break  # earlier layers left too few: the rest stays as it is
-            found[f"{name}{'' if form == 0 else f' (form {form + 1})'} at {knob}"] = graph
+                chosen = (*chosen, Choice(name, place.site.name, knob))
+            found[f"{name}{'' if form == 0 else f' (form {form + 1})'} at {knob}"] = chosen
     return found
 
 
@@ -227,57 +232,79 @@ def limited(session: Session, candidates: Sequence[Candidate]) -> Budget:
     assert session.judge is not None  # subjects have budgets
     places = [candidate for candidate in candidates if candidate.rule.name == "tome"]
     name = f"tome at {_knob(places[0], LIMIT / len(places), _tokens(session.exact, places[0]))}"
-    graph = constant(session, places)[name]
+    graph = session.apply(constant(session, places)[name])
     limit = float(session.judge.ranking(session.eager(graph), 0.0, math.inf).mean())
     print(f"limit: {limit:.4f}, as of {name}", flush=True)
     return replace(session.budget, **{"drift" if session.budget.drift is not None else "max_drop": limit})
 
 
-def selected(session: Session, candidates: Sequence[Candidate], way: str) -> dict[str, Graph]:
+def selected(session: Session, candidates: Sequence[Candidate], way: str) -> dict[str, Choices]:
     """Plans by name: of what the search found with these rules, the frontier at some speeds."""
     own = [candidate for candidate in candidates if candidate.rule.name in WAYS[way]]
     points = search(replace(session.problem(own), max_evaluations=EVALUATIONS))
     best = [point for point in frontier(points) if point.choices]
     print(way, [(f"{point.predicted * 1e3:.2f} ms", round(point.loss, 4)) for point in best], flush=True)
     few = best if len(best) <= SELECTED else [best[round(i * (len(best) - 1) / (SELECTED - 1))] for i in range(SELECTED)]
-    return {f"{way} {number + 1}": session.apply(point.choices) for number, point in enumerate(few)}
+    return {f"{way} {number + 1}": point.choices for number, point in enumerate(few)}
 
 
 def measure(name: str, samples: int, rounds: int) -> dict[str, Any]:
     """Rows of one model."""
     subject = MODELS[name](samples)
     session, candidates = opened(subject)
-    plans = {ORIGINAL: session.exact, **constant(session, candidates)}
+    plans: dict[str, Choices] = {ORIGINAL: (), **constant(session, candidates)}
     session.budget = limited(session, candidates)
     for way in WAYS:
         plans |= selected(session, candidates, way)
-    runs: dict[str, Run] = {}
+    runs = compiled(session, plans)
     scores: dict[str, Tensor] = {}
-    drifts: dict[str, Drop] = {}
-    expected: list[Any] = []  # what the original, which is the first, returns
-    program = session.program
-    for plan, graph in plans.items():
-        execute = RUNTIMES[RUNTIME].compile(graph, program.example)
-        runs[plan] = lambda *inputs, execute=execute: program.unflatten(execute(*inputs))
-        scores[plan], outputs = recorded(subject, runs[plan])
-        expected = expected or outputs
-        drifts[plan] = paired_drop(distances(session, runs[plan], expected, outputs))
-        print(f"{name}: {plan}: {float(scores[plan].mean()):.4f} of {len(scores[plan])}, drift {drifts[plan].mean:.5f}", flush=True)
-    calls = {plan: (lambda run=run: run(*subject.inputs)) for plan, run in runs.items()}
-    print(f"{name}: racing {len(calls)} plans", flush=True)
-    seconds = race(again(calls, ORIGINAL), rounds)
     rows = []
-    for plan in calls:
-        drop = paired_drop(scores[ORIGINAL], scores[plan])
-        times = ratio(seconds[ORIGINAL], seconds[plan])
+    expected: list[Any] = []  # what the original, which is the first, returns
+    for plan, run in runs.items():
+        scores[plan], outputs = recorded(subject, run)
+        expected = expected or outputs
+        drop, drift = paired_drop(scores[ORIGINAL], scores[plan]), paired_drop(distances(session, run, expected, outputs))
         rows.append({
-            "plan": plan, "milliseconds": seconds[plan].seconds * 1e3, "times": times.value, "interval": [times.low, times.high],
+            "plan": plan, "choices": [[choice.rule, choice.site, choice.knob] for choice in plans[plan]],
             "score": float(scores[plan].mean()), "drop": drop.mean, "half width": drop.half_width, "n": drop.n,
-            "drift": drifts[plan].mean, "drift half width": drifts[plan].half_width,
-            "predicted times": session.predicted(session.exact, RUNTIME) / session.predicted(plans[plan], RUNTIME),
+            "drift": drift.mean, "drift half width": drift.half_width,
+        })  # fmt: skip
+        print(f"{name}: {plan}: {rows[-1]['score']:.4f} of {drop.n}, drift {drift.mean:.5f}", flush=True)
+    return timed(session, subject, runs, {"rows": rows, "quality": subject.quality, "drift": subject.drift}, rounds)
+
+
+def timed_again(name: str, found: dict[str, Any], samples: int, rounds: int) -> dict[str, Any]:
+    """The same rows, of plans that were scored before, with the seconds of a new race."""
+    subject = MODELS[name](samples)
+    session, _ = opened(subject)
+    plans = {row["plan"]: tuple(Choice(*choice) for choice in row["choices"]) for row in found["rows"]}
+    return timed(session, subject, compiled(session, plans), found, rounds)
+
+
+def compiled(session: Session, plans: dict[str, Choices]) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+    for plan, choices in plans.items():
+        execute = RUNTIMES[RUNTIME].compile(session.apply(choices), session.program.example)
+        runs[plan] = lambda *inputs, execute=execute: session.program.unflatten(execute(*inputs))
+    return runs
+
+
+def timed(session: Session, subject: Subject, runs: dict[str, Run], found: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """What was found with the seconds of one race of all plans, and what was predicted."""
+    calls = {plan: (lambda run=run: run(*subject.inputs)) for plan, run in runs.items()}
+    print(f"racing {len(calls)} plans", flush=True)
+    seconds = race(again(calls, ORIGINAL), rounds)
+    base = session.predicted(session.exact, RUNTIME)
+    rows = []
+    for row in found["rows"]:
+        times = ratio(seconds[ORIGINAL], seconds[row["plan"]])
+        graph = session.apply(tuple(Choice(*choice) for choice in row["choices"]))
+        rows.append({
+            **row, "milliseconds": seconds[row["plan"]].seconds * 1e3, "times": times.value, "interval": [times.low, times.high],
+            "predicted times": base / session.predicted(graph, RUNTIME),
         })  # fmt: skip
     same = ratio(seconds[ORIGINAL], seconds[ORIGINAL + AGAIN])
-    return {"rows": rows, "A/A": [same.value, same.low, same.high], "quality": subject.quality, "drift": subject.drift}
+    return {**found, "rows": rows, "A/A": [same.value, same.low, same.high]}
 
 
 def recorded(subject: Subject, run: Run) -> tuple[Tensor, list[Any]]:
@@ -297,7 +324,7 @@ def distances(session: Session, run: Run, expected: Sequence[Any], found: Sequen
     if budget.evaluate is not None:
         assert session.judge is not None  # subjects have budgets
         return -torch.tensor(budget.evaluate(run, session.judge.split.held_out), dtype=torch.float64)
-    return torch.cat([drift(budget.measure, [a], [b]) for a, b in zip(expected, found, strict=True)])
+    return torch.cat([distance(budget.measure, [a], [b]) for a, b in zip(expected, found, strict=True)])
 
 
 def main() -> None:
@@ -305,12 +332,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), help=f"parts of names of {', '.join(MODELS)}")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--race", action="store_true", help="only time the plans that were scored before anew")
     args = parser.parse_args()
     kept = RESULTS / "frontier.json"
     is_full = (args.samples, args.rounds) == (SAMPLES, ROUNDS)
     found = json.loads(kept.read_text())["found"] if is_full and kept.exists() else {}
     for name in (name for name in MODELS if any(part in name for part in args.models)):
-        found[name] = measure(name, args.samples, args.rounds)
+        if args.race:
+            found[name] = timed_again(name, found[name], args.samples, args.rounds)
+        else:
+            found[name] = measure(name, args.samples, args.rounds)
         print(markdown({name: found[name]}), flush=True)
         if is_full:
             RESULTS.mkdir(exist_ok=True)
