@@ -16,7 +16,8 @@ from paretorch.ir.graph import Graph, arguments, shape_of, tensor_type
 from paretorch.ir.ops import is_op, op_of
 
 LAID_OUT = ("to", "view", "unsqueeze", "squeeze", "expand", "clone", "alias")
-TAKEN = (*LAID_OUT, "permute", "transpose", "slice", "select", "gather", "index", "index_select", "add", "sub", "mul", "div", "pad", "split")
+LOOKED_UP = ("permute", "transpose", "slice", "select", "split", "gather", "index", "index_select", "pad")
+TAKEN = (*LAID_OUT, *LOOKED_UP, "add", "sub", "mul", "div")
 HIDING = -1e3
 
 
@@ -83,4 +84,6 @@ def _is_of_tokens(graph: Graph, node: Node) -> bool:
 def _is_table(graph: Graph, node: Node) -> bool:
     """Whether a value is a constant of many numbers, none of which hides; one of two numbers may choose what is hidden."""
     tensor = graph.known(node)
-    return tensor is not None and tensor.numel() > 0 and (tensor.numel() == 1 or len(tensor.unique()) > 2) and not bool((tensor < HIDING).any())
+    if tensor is None or bool((tensor < HIDING).any()):
+        return False
+    return tensor.numel() == 1 or len(tensor.unique()) > 2

@@ -35,7 +35,8 @@ class Reducer:
     """What a technique put at a place.
 
     indices: kept, source and target of its match, where a token that is dropped has as target the one that stands for it. The functions emit
-    through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']); weights: numbers per token [B,T,D] -> [B,T',D], by the average that sizes weigh.
+    through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']);
+    weights: other numbers of each token [B,T,D] -> [B,T',D], their average as the sizes weigh it.
     """
 
     indices: tuple[Node, Node, Node]

@@ -80,7 +80,9 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str) -> Place 
     room = min([atom.size - protected - 1, *(_slack(node) for node in reach.merged if is_match(node))])
     largest, frames = min((atom.size - protected) // 2, room), frames_of(graph, facts.axes, axis)
     virtual = bool(lowered_by(mixer))
-    return Place(mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames, reach.lowered, virtual)
+    return Place(
+        mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames, reach.lowered, virtual
+    )
 
 
 def named(node: Node) -> str:

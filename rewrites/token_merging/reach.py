@@ -20,7 +20,7 @@ from paretorch.ir.graph import arguments, origin_of, shape_of, tensor_type
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import TensorType, from_fake
 from paretorch.rewrites.token_merging.rows import layout_of, may_weigh, weight_chain
-from paretorch.rewrites.token_merging.virtual import end_of_moves, feeding, is_brought_down, may_be_virtual, pulled, tells_match
+from paretorch.rewrites.token_merging.virtual import end_of_moves, feeding, is_brought_down, may_be_virtual, pulled, enters_step
 
 PRODUCTS = ("matrix", "convolution", "attention")
 ATTENDED = "an attention that reads places runs on all tokens"
@@ -122,7 +122,9 @@ class _Spread:
             if carries(start.axes, start.axis, node):
                 self.short.add(node)
         if node.op == "output":
-            self.cuts += [Cut(value, node, _returned(start, value)) for value in given if value not in self.lowered and value is not start.value]
+            self.cuts += [
+                Cut(value, node, _returned(start, value)) for value in given if value not in self.lowered and value is not start.value
+            ]
         elif reason or node in self.virtual:
             self.cuts += [Cut(value, node, reason or ATTENDED) for value in given if value not in self.lowered]
 
@@ -132,11 +134,11 @@ class _Spread:
         return self.held.get(node) or self.start.whole(node) or _meeting(self.start, node, self.short)
 
     def _comes_down(self, node: Node) -> bool:
-        """Whether merged rows of a value of all tokens are wanted: of what an earlier step brought down, or tells a later one."""
+        """Whether merged rows of a value of all tokens are wanted: of what an earlier step brought down, or a later one reads."""
         start = self.start
         if not start.may_be_virtual or layout_of(start.axes, node, start.axis.atom, start.batch) is None:
             return False
-        return is_brought_down(start.axes, start.axis.atom, node) or tells_match(start.axes, start.axis.atom, node, self.short)
+        return is_brought_down(start.axes, start.axis.atom, node) or enters_step(start.axes, start.axis.atom, node, self.short)
 
     def _bring_down(self, node: Node) -> None:
         self.lowered[node] = None

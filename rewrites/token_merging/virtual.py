@@ -51,10 +51,12 @@ def is_brought_down(axes: AxisFacts, atom: Atom, node: Node) -> bool:
     return axes.maps.get(node.name, ((), ()))[1] == (atom,)
 
 
-def tells_match(axes: AxisFacts, atom: Atom, node: Node, short: Collection[Node]) -> bool:
-    """Whether a later match, whose rows are among the short ones, tells by this value, of all tokens of the axis, which are alike."""
+def enters_step(axes: AxisFacts, atom: Atom, node: Node, short: Collection[Node]) -> bool:
+    """Whether a later step, which makes merged rows fewer, reads this value of all tokens of the axis: its match looks at it, or it is reduced too."""
     if axes.maps.get(node.name, ((), ()))[1:2] != ((atom,),):
         return False
+    if any(is_reduction(user) and user.args[0] is node and user.args[1] in short for user in node.users):
+        return True
     matches = [user for user in node.users if is_match(user) and user.args[0] is node]
     reductions = (user for match in matches for item in match.users for user in item.users if is_reduction(user) and user.args[1] is item)
     return any(_laid_out(reduction.args[0]) in short for reduction in reductions)  # type: ignore[arg-type]
