@@ -20,7 +20,7 @@ from paretorch.ir.graph import arguments, origin_of, shape_of, tensor_type
 from paretorch.ir.ops import op_of
 from paretorch.ir.types import TensorType, from_fake
 from paretorch.rewrites.token_merging.rows import layout_of, may_weigh, weight_chain
-from paretorch.rewrites.token_merging.virtual import end_of_moves, feeding, is_brought_down, may_be_virtual, pulled, enters_step
+from paretorch.rewrites.token_merging.virtual import end_of_moves, enters_step, feeding, is_brought_down, may_be_virtual, pulled
 
 PRODUCTS = ("matrix", "convolution", "attention")
 ATTENDED = "an attention that reads places runs on all tokens"
