@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from paretorch.ir.analyze import analyze
 from paretorch.ir.errors import CaptureError, InputError, ParetorchError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import is_op
+from paretorch.ir.ops.tokens import lowered_by
 from paretorch.rewrites import RULES
 from paretorch.rewrites.apply import Candidate, apply_choice, apply_rule, propose
 from paretorch.rewrites.normalize import normalize
@@ -241,34 +242,50 @@ def trials(graph: Graph, rule: Rule, candidates: Sequence[Candidate]) -> Iterato
 def parity(subject: Subject, after: Graph) -> Iterator[str]:
     """Merging equal tokens must change nothing, wherever one match and one merge are all that was done.
 
-    Both graphs run in float64 with the value that is merged, and the metric of the match, replaced: the pairs to merge are equal there.
+    Both graphs run in float64 with the value that is merged, and the metric of the match, replaced: the pairs to merge are equal there. Where
+    attention gives equal tokens different results, by their places, and these are brought down, the original's are averaged over each pair.
     """
     matches, merges = ([node for node in after.calls if is_op(node, name)] for name in ("match_tokens", "merge_tokens"))
-    streams = [merge for merge in merges if merge.args[0].name in subject.names and merge.args[0].meta["val"].shape[-1] > 1]
+    brought_down = {merge for node in after.calls if is_op(node, "attention", "local_attention") for merge in lowered_by(node)}
+    streams = [
+        merge for merge in merges
+        if merge.args[0].name in subject.names and merge.args[0].meta["val"].shape[-1] > 1 and merge not in brought_down
+    ]  # fmt: skip
     if len(matches) != 1 or len(streams) != 1:
         return
     metric, _, count, protected = matches[0].args[:4]
     value, chance = streams[0].args[0], torch.Generator().manual_seed(3)
     rows = Overridden(doubled(subject.graph), {}).value_of(value.name, subject.unpadded)
     near = torch.randn(rows.shape[0], rows.shape[1], 8, dtype=torch.float64, generator=chance)
-    for place in range(protected, protected + 2 * count, 2):
+    pairs = range(protected, protected + 2 * count, 2)
+    for place in pairs:
         for tokens in (rows, near):
             tokens[:, place + 1] = tokens[:, place]
-    expected = Overridden(doubled(subject.graph), {value.name: rows}).results(subject.unpadded)
+    averaged = {merge.args[0].name for merge in brought_down}
+    if not averaged <= subject.names:
+        return  # laid out anew before they are brought down
+    expected = Overridden(doubled(subject.graph), {value.name: rows}, averaged, pairs).results(subject.unpadded)
     found = Overridden(doubled(after), {value.name: rows, metric.name: near}).results(subject.unpadded)
     for place, reason in differences(expected, found, PARITY):
         yield f"merging equal tokens at {value.name}: output {place} {reason}"
 
 
 class Overridden(fx.Interpreter):
-    """Runs a graph with the values of some nodes given."""
+    """Runs a graph with the values of some nodes given, and the rows of others averaged over pairs of neighbours that begin at these places."""
 
-    def __init__(self, graph: Graph, given: dict[str, Tensor]) -> None:
+    def __init__(self, graph: Graph, given: dict[str, Tensor], averaged: Collection[str] = (), pairs: Sequence[int] = ()) -> None:
         super().__init__(graph.module(), garbage_collect_values=False)
-        self.given = given
+        self.given, self.averaged, self.pairs = given, averaged, pairs
 
     def run_node(self, node: fx.Node) -> Any:
-        return self.given[node.name] if node.name in self.given else super().run_node(node)
+        if node.name in self.given:
+            return self.given[node.name]
+        found = super().run_node(node)
+        if node.name in self.averaged:
+            found = found.clone()
+            for place in self.pairs:
+                found[:, place : place + 2] = found[:, place : place + 2].mean(1, keepdim=True)
+        return found
 
     def results(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         with torch.no_grad():

@@ -283,23 +283,22 @@ class Biased(nn.Module):
         self.blocks, self.bias = nn.ModuleList(Block(8, 2) for _ in range(2)), nn.Parameter(torch.randn(1, 2, TOKENS, TOKENS))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks[1](self.blocks[0](x), self.bias).mean(1)
+        return self.blocks[1](self.blocks[0](x), self.bias)[:, 0]
 
 
 def test_biases_for_pairs_of_places_see_all_tokens() -> None:
     x = equal_pairs()
     graph = graph_of(Biased(), (x,))
-    after = check(graph, (x,))
+    after = check(graph, (x,), (4,))
     assert [node.args[0].meta["val"].shape[2] for node in after.calls if is_op(node, "attention")] == [TOKENS, TOKENS]
-    assert "says something about pairs of places" in offered(graph)[1][0].reason
+    assert len(offered(graph)[0]) == 2
 
 
 def test_nothing_to_save_is_refused() -> None:
     found, refusals = offered(graph_of(Turned(False), (equal_pairs(),)))
-    assert not found
-    assert "combines the axis with a constant of shape [13, 8]" in refusals[0].reason
-    assert refusals[0].reason.endswith("no product between add_2 and there would run on fewer tokens")
+    assert [site.name for site in found] == ["attention", "attention_1"]  # for the projections behind the later attentions
     assert "the model returns" in refusals[-1].reason
+    assert refusals[-1].reason.endswith("would run on fewer tokens")
 
 
 def test_golden(golden: Callable[[str], None]) -> None:

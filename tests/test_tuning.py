@@ -415,7 +415,7 @@ def test_session_on_a_gpu(is_here: bool, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("PARETORCH_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     target = SimpleNamespace(device=Target.parse("cuda:h100").device, is_here=is_here)
-    session: Any = SimpleNamespace(target=target, notes=[], tuner=None, fusion=None)
+    session: Any = SimpleNamespace(target=target, notes=[], tuner=None, fusion=None, lowering=SimpleNamespace(), runtimes=())
     usable: dict[str, Any] = dict.fromkeys(("eager", "triton")) | {name: RUNTIMES[name] for name in ("eager", "triton")}
     tuning.equip(session, usable)
     assert session.tuner.measure == (tuning.race_kernels if is_here else None)

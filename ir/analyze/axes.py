@@ -2,7 +2,7 @@
 
 Every dimension of every value is a product of atoms, followed by dataflow: inputs and constants begin with new atoms, and each op
 passes them on by the axis rule that its row of the op table names. A token axis is an atom that is both the query axis and the key
-axis of an attention.
+axis of an attention; where the results of one over all tokens are brought down to merged rows, it is the axis of these.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from paretorch.ir.analyze.facts import Atom, AxisFacts, AxisMap, TokenAxis, Use
 from paretorch.ir.analyze.walk import Event, Mixer, Walk, flat, place
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import op_of
+from paretorch.ir.ops.tokens import lowered_by
 
 # What stands when a node treats one axis in several ways: the first of these.
 _ORDER = ("opaque", "bakes_length", "returns", "positions", "appends", "pools", "mixes", "selects", "pointwise")
@@ -49,6 +50,7 @@ class _Reader:
     def __init__(self, walk: Walk, nodes: list[Node]) -> None:
         self.walk, self.atoms, self.nodes = walk, walk.atoms, nodes
         self.order = {node.name: number for number, node in enumerate(nodes)}
+        self.named = {node.name: node for node in nodes}
         self.events: dict[str, list[Any]] = defaultdict(list)
         for event in walk.events:
             self.events[event.node].append(event)
@@ -74,7 +76,7 @@ class _Reader:
         for mixer in self.walk.mixers:
             query, key = self.atoms.resolve(mixer.query), self.atoms.resolve(mixer.key)
             if query and query == key:
-                found[query].append(mixer)
+                found[self._axis_of(mixer, query)].append(mixer)
                 reason = f"{mixer.node} mixes another axis at each place of this one, so the places must stay aligned"
                 self.events[mixer.node].append(Event(mixer.node, "positions", mixer.outer, reason))
         births = {self.atoms.resolve(dim): name for name, dim in self.walk.restored if dim}
@@ -86,6 +88,12 @@ class _Reader:
             axes.setdefault(dim[0] if len(dim) == 1 else self.atoms.fuse(dim, born), []).extend(mixers)
         self._settle_births(axes)
         return axes
+
+    def _axis_of(self, mixer: Mixer, over: Dim) -> Dim:
+        """The axis that the attention belongs to: the one it runs over, or that of the rows to which its results are brought down."""
+        lowered = lowered_by(self.named[mixer.node])
+        kept = self.walk.maps.get(lowered[-1].args[1]) if lowered else None  # type: ignore[arg-type]
+        return self.atoms.resolve(kept[1]) if kept and len(kept) == 2 else over
 
     def _settle_births(self, axes: dict[int, list[Mixer]]) -> None:
         """A fused axis is born where it first stands in one dimension."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from paretorch.ir.analyze.atoms import Dim, Dims
+from paretorch.ir.analyze.mask_sides import may_hide_later
 from paretorch.ir.analyze.walk import Mixer, Walk, is_masking, place
 from paretorch.ir.graph import arguments
 from paretorch.ir.ops import is_op
@@ -111,7 +112,8 @@ def _mask(walk: Walk, node: Node, mask: Node, axes: Sequence[Dim]) -> bool:
         tensor = walk.graph.known(mask)
         if tensor is not None:
             return bool(is_masking(tensor))
-    return rows
+        return rows
+    return rows and may_hide_later(walk.graph, mask)
 
 
 def _spelled_causal(walk: Walk, left: Any) -> bool:

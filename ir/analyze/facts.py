@@ -41,7 +41,7 @@ class Use:
 class TokenAxis:
     """An axis that attention mixes, or to whose places merged tokens are brought back.
 
-    mixers: names of attention nodes whose queries and keys both run over it, in order;
+    mixers: names of attention nodes whose queries and keys both run over it, in order, or over all tokens while their results are brought down to it;
     family: numbers of the atoms whose length depends on its length."""
 
     atom: Atom

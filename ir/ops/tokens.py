@@ -34,7 +34,7 @@ from torch.fx import Node
 
 from paretorch.ir.ops.costs import inputs_and_output, operands, output, output_twice, per_element, zero
 from paretorch.ir.ops.library import LIBRARY
-from paretorch.ir.ops.table import Missing, Op, OpTemplate, define, op_of
+from paretorch.ir.ops.table import Missing, Op, OpTemplate, define, is_op, op_of
 
 HIDDEN = -1e30  # the bias of a token of size 0: no weight beside any real token, and a row of nothing but padding stays finite
 
@@ -172,6 +172,21 @@ def matched(reduction: Node) -> Node:
     match = match_of(reduction.args[1])
     assert match is not None  # rules make reductions by matches only
     return match.args[0]  # type: ignore[return-value]
+
+
+def lowered_by(mixer: Node) -> tuple[Node, ...]:
+    """The reductions, in order, by which the results of an attention, as rows, are brought down to merged ones; none if they are not."""
+    found: list[Node] = []
+    todo = [mixer]
+    while todo:
+        current = todo.pop()
+        reduction = next((user for user in current.users if is_reduction(user) and user.args[0] is current), None)
+        if reduction is not None:
+            found.append(reduction)
+            todo = [user for user in reduction.users if user.args[1] == 0]
+        else:
+            todo += [user for user in current.users if is_op(user, "view", "permute", "transpose", "clone")]
+    return tuple(found)
 
 
 SCHEMAS = {

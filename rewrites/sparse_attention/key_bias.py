@@ -10,6 +10,8 @@ from paretorch.ir.graph import arguments, shape_of, tensor_type
 from paretorch.ir.ops import aten
 from paretorch.ir.types import Size
 
+HIDING = -1e3  # what is added to a score that no other can make up for
+
 
 def mask_by_pairs(node: Node) -> str | None:
     """A sentence if the node's mask differs between queries or heads, or its keys are counted; None if it is one value per key, or absent.
@@ -24,6 +26,22 @@ def mask_by_pairs(node: Node) -> str | None:
     shape = shape_of(mask)
     inner = [size for size in shape[-3:-1] if size != 1]
     return f"the mask of {node.name}, {tensor_type(mask)}, says something about pairs of places, not only about keys" if inner else None
+
+
+def is_table(node: Node) -> bool:
+    """Whether an attention's mask is a constant for pairs of places, such as a bias by distance, which tells of no padding."""
+    mask = arguments(node)["mask"]
+    return mask is not None and mask.op == "get_attr" and mask_by_pairs(node) is not None
+
+
+def seen_keys(b: Builder, mask: Node) -> Node:
+    """f32[B,Tk] or [1,Tk]: 1 for a key that some query of some head sees, 0 for padding, from a mask of pairs of places [..,Tq,Tk]."""
+    wide = b.call(aten("_to_copy.default"), (mask,), {"dtype": torch.float32}) if tensor_type(mask).dtype == "bool" else mask
+    rank = len(shape_of(mask))
+    most = b.amax(wide, list(range(1, rank - 1)) if rank == 4 else list(range(rank - 1)))
+    most = most if rank == 4 else b.unsqueeze(most, 0)
+    seen = b.call(aten("gt.Scalar"), (most, 0.5 if wide is not mask else HIDING))
+    return b.call(aten("_to_copy.default"), (seen,), {"dtype": torch.float32})
 
 
 def key_bias_of(b: Builder, node: Node) -> Node | None:

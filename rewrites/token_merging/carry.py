@@ -19,12 +19,13 @@ from paretorch.ir.graph import Graph, arguments, shape_of, tensor_type
 from paretorch.ir.ops import aten, is_op
 from paretorch.ir.ops.tokens import is_match, is_reduction, matched
 from paretorch.ir.types import DTYPES
-from paretorch.rewrites.sparse_attention.key_bias import per_key
+from paretorch.rewrites.sparse_attention.key_bias import is_table, mask_by_pairs, per_key, seen_keys
 from paretorch.rewrites.token_merging.companions import merge_companions
 from paretorch.rewrites.token_merging.place import Place, parts_of, pooled
 from paretorch.rewrites.token_merging.rows import layout_of, restored, rows_of
 from paretorch.rewrites.token_merging.soft_pool import pooled_softly, weigh_softly
 from paretorch.rewrites.token_merging.unmerge import close_seams, compose, open_seams
+from paretorch.rewrites.token_merging.virtual import bring_down, size_behind
 
 END = 2**63 - 1  # a slice to the end, as export writes it
 
@@ -34,8 +35,9 @@ class Reducer:
     """What a technique put at a place.
 
     indices: kept, source and target of its match, where a token that is dropped has as target the one that stands for it. The functions emit
-    through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']); weights: one number per token [B,T,1] -> [B,T',1];
-    back: (rows [B,T',C], map [B,T]) -> [B,T,C]; front: rows [B,T',C] -> [B,p,C], the leading tokens of each frame, where frames were folded.
+    through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']);
+    weights: other numbers of each token [B,T,D] -> [B,T',D], their average as the sizes weigh it; back: (rows [B,T',C], map [B,T]) -> [B,T,C];
+    front: rows [B,T',C] -> [B,p,C], the leading tokens of each frame, where frames were folded.
     """
 
     indices: tuple[Node, Node, Node]
@@ -70,7 +72,7 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     """
     value = place.value
     b = Builder(graph, value.next, origin=value.meta.get("origin"), rule=rule, site=place.mixer.name)
-    sizes = sizes_before(b, place.mixer)
+    sizes = size_behind(b, place.mixer) if place.virtual else sizes_before(b, place.mixer)
     reducer = emit(b, sizes)
     reduced = reducer.rows(b, rows_of(b, value, place.layout))
     rows = b.item(reduced, 0)
@@ -81,10 +83,12 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
         node.replace_input_with(value, fewer)
     seams = open_seams(graph, axes, place)
     merge_companions(graph, axes, place, b, reducer.weights)
-    if not _is_silent(reduced):
+    if not is_silent(reduced):
         Carrier(graph, axes, place, b, size).carry()
+    lowered = bring_down(graph, axes, place.axis.atom, place.batch, place.lowered, place.downstream, reducer.weights, b)
     along = {place.clips.axis.atom: place.clips.fewer} if place.clips else {}
-    rederive_lengths(graph, axes, {fewer.name: (place.axis.atom, shape_of(rows)[1])}, along=along)
+    shorter = {node.name: (place.axis.atom, shape_of(rows)[1]) for node in (fewer, *lowered)}
+    rederive_lengths(graph, axes, shorter, along=along)
     close_seams(graph, axes, place, [seam for seam in seams if seam.front], b, reducer.front)
     whole = [seam for seam in seams if not seam.front]
     if whole:
@@ -93,19 +97,24 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     return graph.clean()
 
 
-def _is_silent(reduction: Node) -> bool:
+def is_silent(reduction: Node) -> bool:
     """Whether all sizes are one behind a reduction, so that nobody needs them."""
     return is_op(reduction, "keep_tokens") and arguments(reduction)["size"] is None
 
 
 def sizes_before(b: Builder, mixer: Node) -> Node | None:
-    """The sizes of the tokens that this attention reads, T[B,T]: what its key bias is the log of, exp of its mask; None if all are one."""
+    """The sizes of the tokens that this attention reads, T[B,T]: what its key bias is the log of, exp of its mask; None if all are one.
+
+    A mask of pairs of places tells which of them no query sees.
+    """
     given = arguments(mixer)
     parts = []
     if given["key_bias"] is not None:
         bias = given["key_bias"]
         parts.append(bias.args[0] if is_op(bias, "log_size") else _weight(b, bias))
-    if given["mask"] is not None:
+    if given["mask"] is not None and mask_by_pairs(mixer):
+        parts += [] if is_table(mixer) else [seen_keys(b, given["mask"])]
+    elif given["mask"] is not None:
         parts.append(_weight(b, per_key(b, given["mask"], shape_of(given["key"])[-2])))
     if not parts:
         return None
@@ -178,7 +187,7 @@ class Carrier:
         found = self._of(tokens, dim)
         if found is None:
             return
-        was_silent = _is_silent(node)
+        was_silent = is_silent(node)
         place = [argument.name for argument in node.target._schema.arguments].index("size")  # type: ignore[union-attr]
         args = [*node.args, *[None] * (place + 1 - len(node.args))]
         args[place] = found[1]

@@ -21,6 +21,7 @@ from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, arguments
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.rule import Lossy, Rule
+from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
 from paretorch.rewrites.token_merging.carry import Reducer, merging
 from paretorch.rewrites.token_merging.place import Place, named
 from paretorch.rewrites.token_merging.progressive import SHARES, Step, Technique, count_of_share, offer, shorten
@@ -42,6 +43,11 @@ def emit(step: Step) -> Reducer:
 def refuse(place: Place) -> str | None:
     """A sentence where no token's attention could rank the others."""
     given = arguments(place.mixer)
+    if place.virtual:
+        return f"{named(place.mixer)} runs on all tokens, copies of merged ones among them, so what a merged one receives is not told there"
+    pairs = mask_by_pairs(place.mixer)
+    if pairs:
+        return pairs
     if given["left"] >= 0 or given["right"] >= 0:
         return f"{named(place.mixer)} lets a query see keys by their places, so no token attends to all others"
     if not place.read:

@@ -18,7 +18,7 @@ from torch.fx import Node
 from paretorch.ir.analyze import Atom, AxisFacts, Facts, TokenAxis, Use
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import is_op
-from paretorch.ir.ops.tokens import is_match, is_reduction
+from paretorch.ir.ops.tokens import is_match, is_reduction, lowered_by
 from paretorch.rewrites.layer_skipping.skip import region
 from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
 from paretorch.rewrites.token_merging.clips import Clips, clips_of, needs_frames
@@ -34,7 +34,8 @@ class Place:
     downstream: all that will read merged tokens, in order; largest: the most tokens that may be merged; batch: the batch's atoms;
     cuts: where the tokens are brought back; read: the places of those of the leading tokens that the model reads one by one;
     room: as largest, for what need not leave half of them; frames: what tells that the tokens are frames, if anything does;
-    clips: which rows of the batch are folded into one, if any are. All numbers are of tokens in one row before that."""
+    clips: which rows of the batch are folded into one, if any are (all numbers are of tokens in one row before that); lowered: the values of all
+    tokens that are brought down for what of `downstream` reads them; virtual: whether the mixer is such an attention."""
 
     mixer: Node
     value: Node
@@ -49,6 +50,8 @@ class Place:
     room: int = 0
     frames: Frames | None = None
     clips: Clips | None = None
+    lowered: tuple[Node, ...] = ()
+    virtual: bool = False
 
     @property
     def fold(self) -> int:
@@ -74,9 +77,6 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str, folds: bo
     layout = layout_of(facts.axes, value, atom, batch)
     if layout is None:
         return f"the {atom.size} tokens of {named(mixer)} are not one dimension beside its batch in {value.name}: {tensor_type(value)}"
-    pairs = mask_by_pairs(mixer)
-    if pairs:
-        return pairs  # and so nothing tells the sizes of its keys
     downstream = computed_from(graph, value)
     taken = next((node for node in downstream if is_reduction(node) and _takes(node, value)), None)
     if taken is not None:
@@ -90,7 +90,10 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str, folds: bo
     protected, read = leading_tokens(graph, facts.axes, axis, downstream), read_tokens(graph, facts.axes, axis, downstream)
     room = min([atom.size - protected - 1, *(_slack(node) for node in reach.merged if is_match(node))])
     largest, frames = min((atom.size - protected) // 2, room), frames_of(graph, facts.axes, axis)
-    return Place(mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames, clips)
+    virtual = bool(lowered_by(mixer))
+    return Place(
+        mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames, clips, reach.lowered, virtual
+    )
 
 
 def named(node: Node) -> str:
@@ -187,8 +190,8 @@ def _forbidden(
     def inside(before: Node) -> set[Node]:
         return _block_after(graph, facts, before)
 
-    reach = reach_of(Start(facts.axes, axis, value, batch, whole, inside, clips), downstream)
-    if not reach.merged or (reach.cuts and not reach.works):
+    reach = reach_of(Start(facts.axes, axis, value, batch, whole, inside, clips, may_be_virtual=clips is None), downstream)
+    if not reach.merged or ((reach.cuts or reach.lowered) and not reach.works):
         reason = reach.cuts[0].reason if reach.cuts else next((why for node in downstream if (why := whole(node))), _unread(value, axis))
         return f"{reason}; no product between {value.name} and there would run on fewer tokens"
     return reach
@@ -290,6 +293,8 @@ def _refused_mixing(graph: Graph, axes: AxisFacts, axis: TokenAxis, mixer: Node 
         # its keys are others, or rows that a later match made: their sizes come from there, but for a mask of its own
         left = f"{given['mask'] or given['key_bias']}, on what an earlier step left of the tokens"
         return f"{named(node)} has a mask of its own, {left}" if masked else None
+    if mixer is not None and lowered_by(mixer):
+        return None  # its tokens are an earlier step's, as this attention's are
     own = arguments(mixer) if mixer is not None else given
     for name in ("mask", "key_bias"):
         if given[name] is not own[name] and own["key"] is not given["key"]:

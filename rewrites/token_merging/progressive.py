@@ -23,6 +23,7 @@ from paretorch.rewrites.token_merging.carry import Reducer, reduce_at
 from paretorch.rewrites.token_merging.place import Place, find_place
 from paretorch.rewrites.token_merging.reach import Cut
 from paretorch.rewrites.token_merging.selections import whole_of
+from paretorch.rewrites.token_merging.virtual import brought_down_as
 
 SHARES: tuple[float, ...] = (0.0, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48)  # of the tokens that might go, for any length
 
@@ -43,7 +44,8 @@ class Step:
 
     def metric(self) -> Node:
         """What tells which tokens are alike, T[B,T,D]: the mean over heads of the attention's keys."""
-        return self.b.mean(arguments(self.place.mixer)["key"], [1])
+        rows = self.b.mean(arguments(self.place.mixer)["key"], [1])
+        return brought_down_as(self.b, self.place.mixer, rows) if self.place.virtual else rows
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | R
             if isinstance(found, str):
                 yield Refusal(name, mixer, found)
                 continue
-            reached: set[Node | Cut] = {*place.downstream, *place.cuts}
+            reached: set[Node | Cut] = {*place.downstream, *place.cuts, *place.lowered}
             fault = None if again or reached <= proven else _fault(technique, graph, found[0])
             proven |= reached if fault is None else set()
             yield from [Refusal(name, mixer, fault)] if fault else found

@@ -21,11 +21,11 @@ from paretorch.ir.analyze import Atom, Block, Facts, TokenAxis, rederive_lengths
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import is_op, op_of
-from paretorch.ir.ops.tokens import is_match
+from paretorch.ir.ops.tokens import is_match, is_reduction
 from paretorch.rewrites.layer_skipping.skip import blocks_of, region
 from paretorch.rewrites.rule import Knob, Refusal, Site
-from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
-from paretorch.rewrites.token_merging.carry import Carrier, sizes_before
+from paretorch.rewrites.sparse_attention.key_bias import is_table
+from paretorch.rewrites.token_merging.carry import Carrier, is_silent, sizes_before
 from paretorch.rewrites.token_merging.companions import merge_companions
 from paretorch.rewrites.token_merging.place import Place, batch_of, computed_from, hides_later, named, needs_all
 from paretorch.rewrites.token_merging.reach import PRODUCTS, Start, reach_of
@@ -101,7 +101,11 @@ def _scope(graph: Graph, facts: Facts, block: Block) -> Scope | str:
     position = {node: number for number, node in enumerate(nodes.values())}
     inside, downstream = region(before, after, position), computed_from(graph, before)
     mixer = next((nodes[name] for name in axis.mixers if nodes[name] in inside and is_op(nodes[name], "attention")), None)
-    forbidden = needs_all(graph, facts, axis, mixer, downstream, batch)
+    needed = needs_all(graph, facts, axis, mixer, downstream, batch)
+
+    def forbidden(node: Node) -> str | None:
+        return f"{named(node)} brings tokens back that an earlier step merged" if is_op(node, "unmerge_tokens") else needed(node)
+
     ends = _ends(before, inside, position)
     if not ends:
         return f"{after.name} ({origin_of(after)}) does not add to {before.name}"
@@ -157,25 +161,30 @@ def _ends(before: Node, inside: set[Node], position: dict[Node, int]) -> set[Nod
 def _told(graph: Graph, facts: Facts, axis: TokenAxis, position: dict[Node, int], before: Node) -> Node | None:
     """Who knows the sizes of the tokens: of the attentions over them and the matches of them the last one before the value, else the first after it.
 
-    A mask for pairs of places knows none; one that is not constant, and so might hide padding, has forbidden the merge before.
+    Where all of these run on tokens that an earlier step merged, what left them of more does.
     """
-    maps, found = facts.axes.maps, []
+    maps, found, left = facts.axes.maps, [], []
     for node in graph.calls:
         over = arguments(node)["key"] if is_op(node, "attention") else node.args[0] if is_match(node) else None
         dims: Any = maps.get(over.name) if isinstance(over, Node) else None
-        by_pairs = is_op(node, "attention") and mask_by_pairs(node)
-        if dims is not None and dims[-2 if is_op(node, "attention") else 1] == (axis.atom,) and tellers(node) and not by_pairs:
+        if dims is not None and dims[-2 if is_op(node, "attention") else 1] == (axis.atom,) and tellers(node):
             found.append(node)
+        rows = node.args[1] if is_reduction(node) else None
+        if isinstance(rows, Node) and maps.get(rows.name, ((), ()))[1] == (axis.atom,) and tellers(node):
+            left.append(node)
     ahead = [node for node in found if position[node] <= position[before]]
-    return ahead[-1] if ahead else found[0] if found else None
+    return ahead[-1] if ahead else found[0] if found else left[0] if left else None
 
 
 def tellers(told: Node | None) -> list[Node]:
-    """The operands by which an attention or a match knows sizes."""
-    if told is None:
+    """The operands by which an attention or a match knows sizes; a reduction itself, unless it dropped tokens while all were one."""
+    if told is None or is_silent(told):
         return []
+    if is_reduction(told):
+        return [told]
     given = arguments(told)
-    return [given[name] for name in ("mask", "key_bias", "size") if isinstance(given.get(name), Node)]
+    names = ("key_bias",) if is_op(told, "attention") and is_table(told) else ("mask", "key_bias", "size")
+    return [given[name] for name in names if isinstance(given.get(name), Node)]
 
 
 def _sources(nodes: Sequence[Node]) -> set[Node]:
@@ -201,6 +210,8 @@ def sizes_of(b: Builder, told: Node | None) -> Node | None:
     """The sizes of the tokens, T[B,T]; None if all are one."""
     if told is None:
         return None
+    if is_reduction(told):
+        return b.item(told, 1)
     return arguments(told)["size"] if is_match(told) else sizes_before(b, told)
 
 

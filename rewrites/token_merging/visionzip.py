@@ -23,6 +23,7 @@ from torch.fx import Node
 from paretorch.ir.graph import Graph, arguments, shape_of
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.rule import Knob, Lossy, Rule, Site
+from paretorch.rewrites.sparse_attention.key_bias import mask_by_pairs
 from paretorch.rewrites.token_merging.carry import Reducer, merging
 from paretorch.rewrites.token_merging.place import Place, named
 from paretorch.rewrites.token_merging.progressive import Step, Technique, count_of_share, offer, shorten
@@ -52,6 +53,11 @@ def weight_of(step: Step) -> Node:
 def refuse(place: Place) -> str | None:
     """A sentence where the attention that tokens receive could not rank them."""
     given = arguments(place.mixer)
+    if place.virtual:
+        return f"{named(place.mixer)} runs on all tokens, copies of merged ones among them, so what a merged one receives is not told there"
+    pairs = mask_by_pairs(place.mixer)
+    if pairs:
+        return pairs
     if given["left"] >= 0 or given["right"] >= 0:
         return f"{named(place.mixer)} lets a query see keys by their places, so what a token receives depends on where it stands"
     queries, keys = shape_of(given["query"])[2], shape_of(given["key"])[2]
