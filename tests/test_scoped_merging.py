@@ -138,9 +138,22 @@ def test_masks_for_pairs_of_places_tell_no_sizes(rule: Rule) -> None:
     assert count(after, "merge_tokens") + count(after, "merge_by_map") == 3  # not the attention that has the bias
     assert count(after, "exp") == 0
     assert torch.isfinite(after.run(x)[0]).all()
-    found, refusals = sites_of(rule, graph_of(BiasedAndPadded(), (x, torch.ones(2, 13))))
-    assert not found
+
+
+@every_rule
+def test_masks_for_pairs_of_places_still_tell_padding(rule: Rule) -> None:
+    """Beside the attention that has the mask, a feed-forward is merged, and padding stands for nothing in it."""
+    x, seen = four_equal()[:, :13].clone(), torch.ones(2, 13)
+    seen[:, 9:] = 0
+    graph = graph_of(BiasedAndPadded(), (x, seen))
+    found, refusals = sites_of(rule, graph)
+    assert found
     assert all("says something about pairs of places" in refusal.reason for refusal in refusals)
+    after = merged(rule, graph, 0.5, hard=True)
+    other = x.clone()
+    other[:, 9:] = torch.randn(2, 4, x.shape[-1], dtype=x.dtype)
+    torch.testing.assert_close(after.run(x, seen)[0][:, :9], after.run(other, seen)[0][:, :9], **EXACT)
+    assert not torch.equal(after.run(x, seen)[0][:, 9:], after.run(other, seen)[0][:, 9:])
 
 
 def test_one_map_serves_three_layers() -> None:
