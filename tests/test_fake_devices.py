@@ -14,7 +14,7 @@ DRIFT = 0.1
 
 @cache
 def optimized(device: str) -> paretorch.Optimized:
-    model, inputs = make("vit_class")
+    model, inputs = make("vit_class", T=33)
     torch.manual_seed(0)
     data = [torch.randn_like(inputs[0]) for _ in range(16)]
     return paretorch.optimize(model, inputs, target=device, budget=Budget(drift=DRIFT), data=data)
