@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -83,9 +83,10 @@ class Tuner:
         if task.key in self._unsure:
             return self._unsure[task.key]
         choice = self.cache.get(task.key)
-        if choice is None or choice.schedule not in [kernel.schedule for kernel in task.candidates]:
+        own = next((kernel.schedule for kernel in task.candidates if choice is not None and kernel.schedule == choice.schedule), None)
+        if choice is None or own is None or (choice.by != TIMED and self.measure is not None):
             return None
-        return choice if choice.by == TIMED or self.measure is None else None
+        return replace(choice, schedule=own)  # in the candidate's order, which sources are written in
 
     def _choose(self, tasks: Sequence[Task]) -> dict[str, tuple[Choice, bool]]:
         """By key: (choice, whether it is to be kept)."""

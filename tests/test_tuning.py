@@ -198,6 +198,15 @@ def test_the_first_that_the_device_holds() -> None:
     assert [len(asked) for asked in compiler.asked] == [2, 2, 1]
 
 
+def test_what_is_kept_is_read_back_in_the_order_of_its_candidate(tmp_path: Path) -> None:
+    """Sources are written in that order, and are the same to the byte for the same input."""
+    one = matching("f16")
+    first, again = (list(tuner(tmp_path).schedules([one])[0]) for _ in range(2))
+    assert first == again == list(schedules_of(one)[0])
+    assert first != sorted(first), "in a file they are sorted"
+    assert list(tmp_path.rglob("*.json")), "the second choice was read"
+
+
 def test_when_nothing_is_held() -> None:
     one = region(GRAPH)
     failing = tuner(compiler=Compiler(w4=spilled(), w2=spilled(), w8=spilled()))
