@@ -18,7 +18,7 @@ from paretorch.ir.ops import is_op, op_of
 LAID_OUT = ("to", "view", "unsqueeze", "squeeze", "expand", "clone", "alias")
 LOOKED_UP = ("permute", "transpose", "slice", "select", "split", "gather", "index", "index_select", "pad")
 TAKEN = (*LAID_OUT, *LOOKED_UP, "add", "sub", "mul", "div")
-HIDING = -1e3
+HIDING = -1e3  # what is added to a score that no other can make up for
 
 
 def may_hide_later(graph: Graph, mask: Any) -> bool:

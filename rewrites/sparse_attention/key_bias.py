@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from paretorch.ir.analyze.mask_sides import HIDING
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import arguments, shape_of, tensor_type
 from paretorch.ir.ops import aten
 from paretorch.ir.types import Size
-
-HIDING = -1e3  # what is added to a score that no other can make up for
 
 
 def mask_by_pairs(node: Node) -> str | None:
