@@ -1,6 +1,6 @@
 """Saved results: one zip file without pickle. Weights as safetensors, the rest JSON, text and ONNX, each member with its sha256.
 
-manifest.json   format, hashes of all members, runtime, dtypes
+manifest.json   format, hashes of all members, runtime, and where those weights and example inputs lie that are not on the CPU
 plan.json, report.json
 graph.txt       the rewritten graph as text
 weights.safetensors
@@ -21,8 +21,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from paretorch.capture import Program
 from paretorch.codegen.runtimes import RUNTIMES
@@ -89,6 +91,7 @@ def save(result: Optimized, path: Path) -> None:
         "runtime": contender.runtime,
         "variant": contender.variant,
         "predicted": contender.predicted,
+        "devices": {"weights.safetensors": _elsewhere(contender.graph.constants), "example.safetensors": _elsewhere(example)},
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in members.items()},
     }
     buffer = io.BytesIO()
@@ -99,13 +102,16 @@ def save(result: Optimized, path: Path) -> None:
 
 
 def load(path: str | Path) -> Optimized:
-    """Read an artifact, verify its hashes, and compile it for its runtime on this machine. Raises ArtifactError."""
+    """Read an artifact, verify its hashes, and compile it for its runtime on this machine, with each weight on the kind of device that it was on.
+
+    Raises ArtifactError for what is no artifact, is damaged, or needs a runtime or a device that is not here.
+    """
     from paretorch.optimized import Optimized
 
     members, manifest = _read(Path(path))
-    example = load_tensors(members["example.safetensors"])
+    weights, example = (_tensors(path, member, members, manifest) for member in ("weights.safetensors", "example.safetensors"))
     inputs = tuple(example[f"input_{i}"] for i in range(len(example)))
-    graph = parse_graph(members["graph.txt"].decode(), load_tensors(members["weights.safetensors"]), inputs)
+    graph = parse_graph(members["graph.txt"].decode(), weights, inputs)
     program = Program.from_signature(members["signature.json"].decode(), graph, inputs)
     runtime: Runtime | None = RUNTIMES.get(str(manifest.get("runtime")))
     generated = Generated.from_members(members, graph)
@@ -119,6 +125,26 @@ def load(path: str | Path) -> Optimized:
     contender = Contender(manifest["variant"], runtime.name, graph, runtime.compile(graph, inputs), manifest["predicted"])
     plan = Plan.from_json(members["plan.json"].decode())
     return Optimized(program, contender, plan, report_from_json(members["report.json"].decode()), None, generated)
+
+
+def _devices_here() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+def _elsewhere(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The kind of device of each tensor that is not on the CPU."""
+    return {name: tensor.device.type for name, tensor in tensors.items() if tensor.device.type != "cpu"}
+
+
+def _tensors(path: str | Path, member: str, members: dict[str, bytes], manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a member by name, on their devices."""
+    devices = manifest.get("devices", {}).get(member, {})
+    for device in sorted(set(devices.values()) - set(_devices_here())):
+        raise ArtifactError(
+            f"{path} holds tensors for {device}, which is not on this machine: load it where one is, or optimize for this machine"
+        )
+    return {name: tensor.to(devices.get(name, "cpu")) for name, tensor in load_tensors(members[member]).items()}
 
 
 def _read(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

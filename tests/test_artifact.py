@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 import paretorch
-from paretorch import Choice, Plan, capture
+from paretorch import Choice, Plan, artifact, capture
 from paretorch.artifact import MEMBERS
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.contest import Contender
@@ -173,6 +174,24 @@ def test_a_runtime_that_is_not_here(saved, monkeypatch):
     rewrite(saved, manifest_json=json.dumps({**manifest, "runtime": "abacus"}).encode())
     with pytest.raises(ArtifactError, match="runtime abacus, which this version does not have"):
         paretorch.load(saved)
+
+
+def test_tensors_of_a_device_that_is_not_here(saved):
+    with zipfile.ZipFile(saved) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+    assert manifest["devices"] == {"weights.safetensors": {}, "example.safetensors": {}}
+    for member in manifest["devices"]:
+        rewrite(saved, manifest_json=json.dumps({**manifest, "devices": {member: {"any": "xpu"}}}).encode())
+        with pytest.raises(ArtifactError, match=r"holds tensors for xpu, which is not on this machine"):
+            paretorch.load(saved)
+
+
+def test_tensors_return_to_the_device_they_were_on(bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(artifact, "_devices_here", lambda: ("cpu", "meta"))
+    held = {"a": torch.ones(2), "b": torch.ones(3)}
+    manifest = {"devices": {"weights.safetensors": artifact._elsewhere({"a": held["a"], "b": held["b"].to("meta")})}}
+    read = artifact._tensors("fast", "weights.safetensors", {"weights.safetensors": save(held)}, manifest)
+    assert {name: tensor.device.type for name, tensor in read.items()} == {"a": "cpu", "b": "meta"}
 
 
 def test_a_path_that_cannot_be_written(bert, tmp_path):
