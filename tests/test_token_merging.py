@@ -330,6 +330,17 @@ def test_an_unknown_number_of_tokens_is_refused() -> None:
     assert "tokens, a number not known before it runs" in refusals[0].reason
 
 
+@pytest.mark.parametrize(
+    ("tokens", "weakest", "strongest", "most"), [(17, 4, 8, 2), (197, 4, 96, 15), (1_501, 24, 640, 19), (6_000, 96, 2_560, 20)]
+)
+def test_steps_suit_the_number_of_tokens(tokens: int, weakest: int, strongest: int, most: int) -> None:
+    """Up to half of them, and none so small that it could not be told from another."""
+    for site in offered(example(1, tokens))[0]:
+        assert site.values is not None
+        assert (site.values[0], site.values[1], site.values[-1]) == (0, weakest, strongest)
+        assert len(site.values) - 1 <= most
+
+
 def test_types_and_stamps() -> None:
     model, inputs = make("vit_class", T=12)
     graph = merged(graph_of(model.bfloat16(), tuple(x.bfloat16() for x in inputs)))

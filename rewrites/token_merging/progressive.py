@@ -26,6 +26,7 @@ from paretorch.rewrites.token_merging.selections import whole_of
 from paretorch.rewrites.token_merging.virtual import brought_down_as
 
 SHARES: tuple[float, ...] = (0.0, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48)  # of the tokens that might go, for any length
+SMALLEST = 64  # a step of less than this part of the tokens is not offered beside larger ones: of many values each would be measured
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | R
 
 
 def _sites(technique: Technique, graph: Graph, axes: AxisFacts, place: Place) -> list[Site] | str:
-    """One site for each form with the values that take some tokens here, and not more than may go; a sentence if there is none."""
+    """One site for each form with the values that take a noticeable part of the tokens, and not more than may go; a sentence if there is none."""
     size, protected, label = place.axis.atom.size, place.protected, origin_of(place.mixer).path or place.mixer.name
     free, largest = _free(graph, axes, place), technique.largest(place)
     found = []
@@ -112,7 +113,8 @@ def _sites(technique: Technique, graph: Graph, axes: AxisFacts, place: Place) ->
         first: dict[int, Knob] = {}
         for value in values:
             first.setdefault(technique.count(value, free), value)
-        legal = tuple(value for count, value in first.items() if 0 < count <= largest)
+        possible = [count for count in first if 0 < count <= largest]
+        legal = tuple(first[count] for count in possible if count * SMALLEST >= free or count == possible[-1])
         if legal:
             found.append(Site(place.mixer.name, label, (identity, *legal)))
     if found:

@@ -20,7 +20,10 @@ from paretorch.rewrites.token_merging.carry import Reducer, merging
 from paretorch.rewrites.token_merging.progressive import Step, Technique, offer, shorten
 
 NAME = "tome"
-VALUES: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256)
+VALUES: tuple[int, ...] = (
+    *(0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 256),
+    *(320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096),  # at most half of what a kernel matches
+)
 
 
 def emit(step: Step) -> Reducer:
