@@ -342,6 +342,7 @@ def main() -> None:
             found[name] = timed_again(name, found[name], args.samples, args.rounds)
         else:
             found[name] = measure(name, args.samples, args.rounds)
+        found = {each: found[each] for each in MODELS if each in found}
         print(markdown({name: found[name]}), flush=True)
         if is_full:
             RESULTS.mkdir(exist_ok=True)

@@ -71,15 +71,21 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, len(found), figsize=(5 * len(found), 8), squeeze=False)
+    colours: dict[str, str] = {}  # of a rule, the same in all panels
     for place, (name, model) in enumerate(found.items()):
         lines: dict[str, list[dict[str, Any]]] = {}
         for row in model["rows"]:
-            lines.setdefault(row["plan"].rsplit(" ", 2 if " at " in row["plan"] else 1)[0], []).append(row)
+            rule = row["plan"].rsplit(" ", 2 if " at " in row["plan"] else 1)[0]
+            lines.setdefault(rule, []).append(row)
+            if rule != ORIGINAL:
+                colours.setdefault(rule, f"C{len(colours)}")
         for panel, key, factor in ((panels[0][place], "drop", 100), (panels[1][place], "drift", 1)):
             for rule, rows in lines.items():
                 if rule != ORIGINAL:
                     places = sorted((row["times"], factor * row[key]) for row in rows)
-                    panel.plot(*zip(*places, strict=True), marker="o" if rule.startswith("selected") else ".", label=rule)
+                    panel.plot(
+                        *zip(*places, strict=True), marker="o" if rule.startswith("selected") else ".", label=rule, color=colours[rule]
+                    )
             panel.set(xlabel="times faster, measured", ylabel=f"drop of {model['quality']}, points" if key == "drop" else model["drift"])
             panel.invert_yaxis()
         panels[1][place].set_yscale("log")
