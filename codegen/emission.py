@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,7 @@ class Emitter:
         self.layouts: dict[Node, Layout] = {node: layout_of(node, names[node]) for node in reads}
         self.merged: set[int] = set()  # axes that are passed over together with the next one
         self.lines: list[Line] = []
-        self.given: dict[Node, str] = {}  # variables of values that the template itself computes, at the space's own coordinates
+        self.given: dict[Node, Callable[[At], str]] = {}  # the texts of values that the template itself computes
         self.conditions: list[str] = []
         self.evaluations: Counter[Node] = Counter()
         self._known: dict[tuple[Node, At, str], str] = {}
@@ -115,9 +115,7 @@ class Emitter:
     def value(self, node: Node, at: At, mask: str = "") -> str:
         """The name of a variable that holds the node's element at this coordinate. Raises LoweringError if no line can be written for it."""
         if node in self.given:
-            if at != self.space.at:
-                raise LoweringError(f"{node.name} is needed at other places than those where a program computes it")
-            return self.given[node]
+            return self._once(node, at, mask, self._given)
         if node in self.layouts:
             return self._once(node, at, mask, self._load)
         source = source_of(node)
@@ -131,10 +129,6 @@ class Emitter:
         """The variable of a result of this space, or of one number of a row."""
         shape = shape_of(node)
         return self.value(node, self.space.at if shape == self.space.shape else self.space.row_at(shape))
-
-    def give(self, node: Node, text: str) -> None:
-        """Set what the template computes for this node at the space's own coordinates."""
-        self.given[node] = self._line(self.names[node], text)
 
     def held(self, writes: Sequence[Node]) -> int:
         """The most values of an element that are held at the same time, if all are loaded first."""
@@ -163,6 +157,11 @@ class Emitter:
         self._used.add(name)
         self.lines.append(Line(name, text, **traits))
         return name
+
+    def _given(self, node: Node, at: At, mask: str) -> str:
+        if mask:
+            raise LoweringError(f"{node.name} is joined with other parts; the template computes it whole")
+        return self._line(self.names[node], self.given[node](at))
 
     def _load(self, node: Node, at: At, mask: str) -> str:
         offset = self.offset(node, at)

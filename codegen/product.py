@@ -1,19 +1,25 @@
-"""Products with a weight matrix as one kernel, with what is computed elementwise before and after: what the template takes, its work, its file."""
+"""Products with a weight matrix as one kernel, with what is computed elementwise before and after: what the template takes and the lines it needs.
+
+A program has a sum for each place at which a product is needed: one where the product itself is, two for the halves of a packed gate, or for two
+products of the same x. All go along K together, so that x is read once and a value as wide as the packed weight is never written.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 from torch.fx import Node
 
-from paretorch.codegen.coordinates import is_plain, product, source_of
-from paretorch.codegen.emission import Emitter, Space
+from paretorch.codegen.coordinates import At, is_plain, plus, product, source_of
+from paretorch.codegen.emission import COLUMN, Emitter, Space
 from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible, row_text, unique_names
 from paretorch.codegen.kernel import Region, Schedule
 from paretorch.codegen.layouts import merged_axes
-from paretorch.codegen.schedules import product_schedules
+from paretorch.codegen.schedules import FEW_ROWS, product_schedules, split_schedules
 from paretorch.codegen.symbols import symbols_of
 from paretorch.codegen.whole_op import template_name
 from paretorch.ir.errors import LoweringError
@@ -21,12 +27,15 @@ from paretorch.ir.graph import arguments, shape_of
 from paretorch.ir.ops import OpTemplate, is_op, op_of
 from paretorch.ir.types import DTYPES
 
+PLAIN, SPLIT = "product", "split_product"  # the templates: each sum by one program, or by several
 HELD = ("f32", "f16", "bf16")
 MOST_READS = 16  # operands of one kernel
 MOST_NODES = 32
+MOST_SUMS = 2
+ENDS = ("", "_1")  # of what belongs to each sum
 LOCALS = (  # what the template's own text calls its values
     "program", "row_blocks", "column_blocks", "first", "high", "total", "step", "along", "within", "left", "right", "part",
-    "rows", "programs", "schedule", "few", "wide",
+    "rows", "programs", "schedule", "few", "wide", "total_1", "right_1", "begin", "split", "share",
 )  # fmt: skip
 ROWS, COLUMNS = (r"\b(row|at_\d+)\b", "in_rows"), (r"\bcolumn\b", "in_columns")
 INNER = (r"\binner\b", "in_inner")
@@ -53,6 +62,15 @@ class Operands:
     @property
     def groups(self) -> int:
         return int(shape_of(self.scale)[1]) if self.scale is not None else 1
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What a program adds up for its block of columns. column: the text of the product's column that belongs to one of the block; end: of its names."""
+
+    given: Operands
+    column: str
+    end: str
 
 
 def operands_of(node: Node) -> Operands:
@@ -99,26 +117,28 @@ def joins(region: Region) -> str | None:
 
 @dataclass(frozen=True)
 class Fused:
-    """A region of one product and elementwise nodes before and after it, and the lines that compute these. Raises LoweringError."""
+    """A region of products of one x and elementwise nodes before and after them, and the lines that compute these. Raises LoweringError."""
 
     region: Region
 
     @cached_property
-    def node(self) -> Node:
-        return next(node for node in self.region.nodes if template_name(node) == self.region.template)
+    def products(self) -> dict[Node, Operands]:
+        """In graph order; `given` is the first one's."""
+        return {node: operands_of(node) for node in self.region.nodes if template_name(node) == PLAIN}
 
     @cached_property
     def given(self) -> Operands:
-        return operands_of(self.node)
+        return next(iter(self.products.values()))
 
     @cached_property
     def names(self) -> dict[Node, str]:
         """Of all values: those that are multiplied by their roles, others by their own names."""
         roles: dict[Node, str] = {}
-        for role in ("x", "weight", "scale", "bias"):
-            operand = getattr(self.given, role)
-            if operand is not None and operand in self.region.reads:
-                roles.setdefault(operand, role)
+        for given, end in zip(self.products.values(), ENDS, strict=False):  # more of them are refused
+            for role in ("x", "weight", "scale", "bias"):
+                operand = getattr(given, role)
+                if operand is not None and operand in self.region.reads:
+                    roles.setdefault(operand, f"{role}{end}")
         return unique_names([*self.region.reads, *self.region.nodes], roles, LOCALS)
 
     @property
@@ -127,6 +147,11 @@ class Fused:
         found = product(self.region.shape[:-1])
         return found if isinstance(found, int) else None
 
+    @property
+    def columns(self) -> int:
+        """Of each sum."""
+        return int(self.region.shape[-1])
+
     def before(self, *, is_whole: bool) -> Emitter:
         """The lines that make a block of x, as it is multiplied. is_whole: whether blocks divide K, so that no place along it is outside."""
         masks = (ROWS,) if is_whole else (ROWS, INNER)
@@ -134,17 +159,41 @@ class Fused:
         emitter.value(self.given.x, emitter.space.at)
         return emitter
 
-    @cached_property
+    @property
     def after(self) -> Emitter:
-        """The lines that make what is written of the product's block, which is called `total`."""
+        """The lines that make what is written of the sums, which are called `total` and `total_1`."""
+        return self._summed[0]
+
+    @property
+    def sums(self) -> Sequence[Sum]:
+        """In the order in which the lines need them."""
+        return self._summed[1]
+
+    @cached_property
+    def _summed(self) -> tuple[Emitter, list[Sum]]:
         emitter = self._emitter(Space(self.region.shape, True, "row", masks=(ROWS, COLUMNS)))
-        text = "total"
-        if self.given.bias is not None:
-            text = f"total + {emitter.value(self.given.bias, emitter.space.at[-1:])}"
-        emitter.give(self.node, text)
+        sums: list[Sum] = []
+
+        def taken(node: Node, at: At) -> str:
+            column = self._column(node, at, emitter.space)
+            if len(sums) == MOST_SUMS:
+                raise LoweringError(f"{node.name} would be a program's sum {MOST_SUMS + 1}; the template holds {MOST_SUMS}")
+            given, end = self.products[node], ENDS[len(sums)]
+            sums.append(Sum(given, column, end))
+            return plus(f"total{end}", emitter.value(given.bias, at[-1:]) if given.bias is not None else "")
+
+        emitter.given = {node: partial(taken, node) for node in self.products}
         for node in self.region.writes:
             emitter.write(node)
-        return emitter
+        return emitter, sums
+
+    @staticmethod
+    def _column(node: Node, at: At, space: Space) -> str:
+        """The column of a product that is needed there. Raises LoweringError where it does not follow from the program's row and column alone."""
+        column, is_one = at[-1], space.shape[-1] == 1
+        if at[:-1] != space.at[:-1] or re.search(ROWS[0], column) or (re.search(COLUMNS[0], column) is None and not is_one):
+            raise LoweringError(f"{node.name} is needed at other places than those where a program computes it")
+        return plus(COLUMN, column) if is_one else column
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
@@ -155,16 +204,19 @@ class Fused:
         """Those for so many rows, None if they vary."""
         given = self.given
         itemsize, length = DTYPES[dtype_of(given.x)].itemsize, given.inner // given.groups
-        return product_schedules(itemsize, rows, given.columns, length, self.held, is_scaled=given.groups > 1)
+        found = product_schedules(itemsize, rows, self.columns, length, self.held, is_scaled=given.groups > 1, sums=len(self.sums))
+        if self.region.template == PLAIN:
+            return found
+        return split_schedules(found, rows, self.columns, length, given.groups) if rows is not None else ()
 
     @property
     def held(self) -> int:
         """How many values of an element are held at once."""
-        return max(self.after.held(self.region.writes), 2)
+        return max(self.after.held(self.region.writes), 1 + len(self.sums))
 
     def _emitter(self, space: Space) -> Emitter:
         """Both spaces go along the same rows, so that axes which one passes over together are so in the other."""
-        region, others = self.region, {self.given.weight, self.given.scale}
+        region, others = self.region, {operand for given in self.products.values() for operand in (given.weight, given.scale)}
         emitter = Emitter(region.reads, self.names, space)
         moved = any(source_of(node) is not None or is_op(node, "cat") for node in region.nodes)
         layouts = {node: layout for node, layout in emitter.layouts.items() if node not in others}
@@ -176,8 +228,9 @@ class Fused:
     @property
     def refusal(self) -> str | None:
         """Why the nodes do not go together, if so. Raises LoweringError for a value that cannot be had where it is needed."""
-        region, beside = self.region, [node for node in self.region.nodes if node is not self.node]
-        reason = refuses(self.node) or next((found for node in beside if (found := _not_beside(node)) is not None), None)
+        region, products = self.region, self.products
+        reasons = [*map(refuses, products), *(_not_beside(node) for node in region.nodes if node not in products), self._unlike]
+        reason = next((found for found in reasons if found is not None), None)
         if reason is not None:
             return reason
         if not region.writes:
@@ -187,15 +240,39 @@ class Fused:
         odd = next((node for node in region.reads if dtype_of(node) not in TRITON_TYPES), None)
         if odd is not None:
             return f"{odd.name} is {odd.meta.get('val')}; the templates read tensors of real numbers"
-        inside = next((node for node in (self.given.weight, self.given.scale) if node in region.nodes), None)
-        if inside is not None:
-            return f"{inside.name} is computed beside {self.node.name}, which reads it whole"
+        for node, given in products.items():
+            inside = next((operand for operand in (given.weight, given.scale) if operand in region.nodes), None)
+            if inside is not None:
+                return f"{inside.name} is computed beside {node.name}, which reads it whole"
         other = next((node for node in region.writes if shape_of(node) != region.shape), None)
         if other is not None:
-            return f"{other.name} is {list(shape_of(other))}; what goes along with {self.node.name} is {list(region.shape)}"
+            return f"{other.name} is {list(shape_of(other))}; what goes along with {next(iter(products)).name} is {list(region.shape)}"
+        if not self.sums:
+            return f"nobody uses {next(iter(products)).name}"
         symbols_of(region)
         self.before(is_whole=False)
-        return None if self.schedules else f"a program would hold {self.held} values of each element at once"
+        return None if self.schedules else self._unscheduled
+
+    @property
+    def _unlike(self) -> str | None:
+        """Why its products do not go along K together, if so."""
+        (first, given), *others = self.products.items()
+        for node, other in others:
+            if other.x is not given.x:
+                return f"{node.name} multiplies {other.x.name} and {first.name} {given.x.name}; a kernel goes along one of them"
+            if (other.scale is None, other.groups) != (given.scale is None, given.groups):
+                return f"{node.name} has {other.groups} scales a row and {first.name} {given.groups}, or none; a kernel goes along groups of one kind"
+        return None
+
+    @property
+    def _unscheduled(self) -> str:
+        """Why there are no block sizes for it."""
+        plain = Fused(replace(self.region, template=PLAIN))
+        if self.region.template == PLAIN or not plain.schedules:
+            return f"a program would hold {self.held} values of each element at once"
+        if self.rows is None or self.rows > FEW_ROWS:
+            return f"it has {self.rows or 'any number of'} rows; K is divided where there are at most {FEW_ROWS}"
+        return f"its programs fill a chip, or a part of the {self.given.inner} that they go along would be too short"
 
 
 def _not_beside(node: Node) -> str | None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from string import Template
 from typing import Any
 
 from torch.fx import Node
 
 from paretorch.codegen.attention_text import lines
-from paretorch.codegen.coordinates import plus, times
+from paretorch.codegen.coordinates import plus, product, times
 from paretorch.codegen.expressions import LANGUAGE_TYPES, TRITON_TYPES, dtype_of
 from paretorch.codegen.kernel import Region, Schedule
 from paretorch.codegen.kernel_file import prepared, symbol_lines, torch_line, wrapped
 from paretorch.codegen.layouts import layout_of
-from paretorch.codegen.product import INNER, ROWS, Fused, joins, operands_of, refuses
-from paretorch.codegen.schedules import FEW_ROWS
+from paretorch.codegen.product import INNER, PLAIN, ROWS, Fused, Sum, joins, operands_of, refuses
+from paretorch.codegen.schedules import FEW_ROWS, OF_A_UNIT, programs_of
 from paretorch.codegen.symbols import symbols_of
 from paretorch.codegen.templates.product import BAND, PRODUCT
 from paretorch.codegen.triton_offsets import coordinates, wide
@@ -35,73 +36,122 @@ def goes_first(node: Node) -> bool:
 
 
 def effort(region: Region) -> Effort:
-    """The product's own flops, each value read or written once, and what is computed beside: before it once for each block of columns."""
+    """The flops of every sum, each value read or written once, and what is computed beside: before the product once for each block of columns."""
     fused = Fused(region)
-    op = op_of(fused.node)
-    assert op is not None  # a node of a row of the table
-    blocks = -(-fused.given.columns // fused.schedules[0]["BLOCK_COLUMNS"])
+    schedule, rows = fused.schedules[0], product(region.shape[:-1])
+    blocks = -(-fused.columns // schedule["BLOCK_COLUMNS"])
     light: Any = 0
     for emitter, times_computed in ((fused.before(is_whole=False), blocks), (fused.after, 1)):
         for node, count in emitter.evaluations.items():
             own = op_of(node)
-            if own is not None and node not in emitter.layouts:
+            if own is not None and node not in emitter.layouts and node not in fused.products:
                 light += own.flops(node) * count * times_computed
     moved = sum(value_type(node).nbytes for node in (*region.reads, *region.writes))  # type: ignore[union-attr]
-    is_read_ahead = fused.given.x in region.reads or fused.schedules[0]["BLOCK_ROWS"] <= FEW_ROWS
-    return Effort(op.flops(fused.node), moved, rate=RATE if is_read_ahead else COMPUTED_RATE, light_flops=light)
+    is_few = schedule["BLOCK_ROWS"] <= FEW_ROWS
+    return Effort(
+        2 * rows * fused.given.inner * fused.columns * len(fused.sums), moved, rate=RATE if is_few or fused.given.x in region.reads else COMPUTED_RATE,
+        light_flops=light, programs=programs_of(schedule, rows, fused.columns), of_a_unit=OF_A_UNIT["few" if is_few else "many"],
+    )  # fmt: skip
 
 
 def build(region: Region, kernel: str, schedule: Schedule | None = None) -> Built:
-    """The file's parts for a region of one product and what goes along with it."""
+    """The file's parts for a region of products of one x and what goes along with them."""
     fused = Fused(region)
     schedule = schedule or fused.schedules[0]
-    names = fused.names
-    pointers = [(f"{names[node]}_ptr", f"*{TRITON_TYPES[dtype_of(node)]}") for node in (*region.reads, *region.writes)]
+    arguments = arguments_of(fused)
+    text = device_text(fused, kernel, arguments, schedule, rest_of(fused))
+    return Built(text, parameters_of(arguments), schedule, fused.names, _launches(fused, kernel, schedule), reference(fused))
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Of a device function. kind: its Triton type; text: what the launcher gives for it."""
+
+    name: str
+    kind: str
+    text: str
+
+
+def arguments_of(fused: Fused) -> list[Argument]:
+    """Of a kernel that computes all of the region."""
+    region, names = fused.region, fused.names
+    pointers = [
+        Argument(f"{names[node]}_ptr", f"*{TRITON_TYPES[dtype_of(node)]}", names[node]) for node in (*region.reads, *region.writes)
+    ]
     strides = [
-        (name, stride_kind(layout.known[axis]).replace("i32", "i64"))
-        for layout in fused.after.layouts.values()
+        Argument(name, stride_kind(layout.known[axis]).replace("i32", "i64"), f"{names[node]}.stride({axis})")
+        for node, layout in fused.after.layouts.items()
         for name, axis in layout.parameters
     ]
-    symbols = symbols_of(region)
-    parameters = (*pointers, *strides, *((symbol, "i64") for symbol, _ in symbols), ("rows", "i32"))
-    text = _text(fused, kernel, parameters, schedule)
-    return Built(text, parameters, schedule, names, _launches(fused, kernel, schedule), _reference(fused, symbols))
+    symbols = [Argument(symbol, "i64", symbol) for symbol, _ in symbols_of(region)]
+    return [*pointers, *strides, *symbols, Argument("rows", "i32", "rows")]
 
 
-def _text(fused: Fused, kernel: str, parameters: Sequence[tuple[str, str]], schedule: Schedule) -> str:
-    given, region = fused.given, fused.region
+def parameters_of(arguments: Sequence[Argument]) -> tuple[tuple[str, str], ...]:
+    return tuple((argument.name, argument.kind) for argument in arguments)
+
+
+def head_of(arguments: Sequence[Argument], options: Schedule) -> str:
+    """The parameters of a device function, as its own lines."""
+    listed = [f"{argument.name}: tl.int64" if argument.kind.startswith("i64") else argument.name for argument in arguments]
+    return wrapped(", ".join([*listed, *(f"{name}: tl.constexpr" for name in options if name.isupper())]))
+
+
+def rest_of(fused: Fused) -> list[str]:
+    """The lines that make what is written of whole sums."""
+    after = [*fused.after.conditions, *(str(line) for line in fused.after.lines)]
+    whole = [one for one in fused.sums if one.given.scale is not None and one.given.groups == 1]
+    return [
+        *(f"total{one.end} = total{one.end} * {_scale(fused, one, '')}" for one in whole),
+        *after,
+        *(
+            f"tl.store({fused.names[node]}_ptr + {times('row', fused.columns)} + column, {fused.after.write(node)}, mask=in_rows & in_columns)"
+            for node in fused.region.writes
+        ),
+    ]
+
+
+def device_text(fused: Fused, kernel: str, arguments: Sequence[Argument], schedule: Schedule, rest: Sequence[str]) -> str:
+    """The device function that takes the sums. rest: what it does with them; each program takes one of SPLITS parts of K, if the schedule has them."""
+    given = fused.given
     block, length = schedule["BLOCK_INNER"], given.inner // given.groups
     parts, is_whole = -(-length // block), length % block == 0
-    within = "within" if given.groups > 1 else "along"
-    after = [*fused.after.conditions, *(str(line) for line in fused.after.lines)]
-    if given.scale is not None and given.groups == 1:
-        after = [f"total = total * {_scale(fused, '')}", *after]
-    stores = [
-        f"tl.store({fused.names[node]}_ptr + {_place(fused)}, {fused.after.write(node)}, mask=in_rows & in_columns)"
-        for node in region.writes
-    ]
+    within, steps = "within" if given.groups > 1 else "along", given.groups * parts
     left = _left(fused, is_whole=is_whole)
-    used = " ".join([*left, *after])
-    listed = [f"{name}: tl.int64" if kind.startswith("i64") else name for name, kind in parameters]
-    constants = [f"{name}: tl.constexpr" for name in schedule if name.isupper()]
-    text = Template(PRODUCT).substitute(
+    return filled(
+        PRODUCT,
         kernel=kernel,
-        parameters=wrapped(", ".join([*listed, *constants])),
-        columns=given.columns,
+        parameters=head_of(arguments, schedule),
+        columns=fused.columns,
         band=BAND,
-        wide=wide(region),
-        coordinates=lines(coordinates(fused.after, used)),
-        steps=given.groups * parts,
+        wide=wide(fused.region),
+        coordinates=lines(coordinates(fused.after, " ".join([*left, *rest]))),
+        totals=totals(fused),
+        share=lines(_share(steps)) if "SPLITS" in schedule else "",
+        steps=f"begin, tl.minimum(begin + share, {steps})" if "SPLITS" in schedule else f"0, {steps}",
         along=lines(_along(given.groups, parts, length, is_whole=is_whole), 2),
         edges="" if is_whole else f"        in_inner, in_depth = ({within} < {length})[None, :], ({within} < {length})[:, None]",
         left=lines(left, 2),
-        weight=_weight(fused),
-        in_depth="" if is_whole else " & in_depth",
-        sum=lines(_sum(fused, parts), 2),
-        body=lines(after),
-        stores=lines(stores),
+        right=lines((_right(fused, one, is_whole=is_whole) for one in fused.sums), 2),
+        sum=lines((line for one in fused.sums for line in _sum(fused, one, parts)), 2),
+        rest=lines(rest),
     )
-    return "\n".join(line for line in text.splitlines() if line.strip()) + "\n"
+
+
+def filled(template: str, **slots: Any) -> str:
+    """A template's text; lines that a slot leaves empty between its first and its last are dropped."""
+    before, name, rest = Template(template).substitute(slots).partition("@triton.jit\n")
+    return before + name + "\n".join(line for line in rest.splitlines() if line.strip()) + "\n"
+
+
+def totals(fused: Fused) -> str:
+    """The lines that begin the sums."""
+    return lines(f"total{one.end} = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)" for one in fused.sums)
+
+
+def _share(steps: int) -> list[str]:
+    """Which part of K a program takes."""
+    return [f"split, share = tl.program_id(1), tl.cdiv({steps}, SPLITS)", "begin = split * share"]
 
 
 def _along(groups: int, parts: int, length: int, *, is_whole: bool) -> list[str]:
@@ -128,43 +178,35 @@ def _left(fused: Fused, *, is_whole: bool) -> list[str]:
     return [*computed, f"left = tl.where({masks}, {name}, 0.0).to({LANGUAGE_TYPES[dtype_of(x)]})"]
 
 
-def _weight(fused: Fused) -> str:
-    """The pointers of a block [BLOCK_INNER, BLOCK_COLUMNS]."""
-    given, name = fused.given, fused.names[fused.given.weight]
-    at = ("depth", "column") if given.is_turned else ("column", "depth")
+def _right(fused: Fused, one: Sum, *, is_whole: bool) -> str:
+    """The load of a block [BLOCK_INNER, BLOCK_COLUMNS] of a weight."""
+    given, name = one.given, fused.names[one.given.weight]
+    at = ("depth", one.column) if given.is_turned else (one.column, "depth")
     strides = layout_of(given.weight, name).strides
-    return f"{name}_ptr + {plus(*(times(text, stride) for text, stride in zip(at, strides, strict=True)))}"
+    offset = plus(*(times(text, stride) for text, stride in zip(at, strides, strict=True)))
+    return f"right{one.end} = tl.load({name}_ptr + {offset}, mask=in_columns{'' if is_whole else ' & in_depth'}, other=0)"
 
 
-def _scale(fused: Fused, group: str) -> str:
-    scale = fused.given.scale
+def _scale(fused: Fused, one: Sum, group: str) -> str:
+    scale = one.given.scale
     assert scale is not None  # asked by the callers
     name = fused.names[scale]
-    offset = plus(*(times(text, stride) for text, stride in zip(("column", group), layout_of(scale, name).strides, strict=True)))
+    offset = plus(*(times(text, stride) for text, stride in zip((one.column, group), layout_of(scale, name).strides, strict=True)))
     return f"tl.load({name}_ptr + {offset}, mask=in_columns, other=0.0).to(tl.float32)"
 
 
-def _sum(fused: Fused, parts: int) -> list[str]:
+def _sum(fused: Fused, one: Sum, parts: int) -> list[str]:
     """How a block's products are added: as they are, or times the scale of their group."""
-    right = "right" if fused.given.scale is None else "right.to(left.dtype)"
-    if fused.given.groups == 1:
-        return [f'total = tl.dot(left, {right}, total, input_precision="ieee")']
+    right, total = f"right{one.end}" if one.given.scale is None else f"right{one.end}.to(left.dtype)", f"total{one.end}"
+    if one.given.groups == 1:
+        return [f'{total} = tl.dot(left, {right}, {total}, input_precision="ieee")']
     group = "step" if parts == 1 else f"(step // {parts})"
-    return [f'part = tl.dot(left, {right}, input_precision="ieee")', f"total += part * {_scale(fused, group)}"]
-
-
-def _place(fused: Fused) -> str:
-    return f"{times('row', fused.given.columns)} + column"
+    return [f'part = tl.dot(left, {right}, input_precision="ieee")', f"{total} += part * {_scale(fused, one, group)}"]
 
 
 def _launches(fused: Fused, kernel: str, schedule: Schedule) -> tuple[str, ...]:
-    region, names, columns = fused.region, fused.names, fused.given.columns
-    symbols = symbols_of(region)
-    reads, first = [names[node] for node in region.reads], names[region.writes[0]]
-    strides = [f"{names[node]}.stride({axis})" for node, layout in fused.after.layouts.items() for _, axis in layout.parameters]
-    given = [*reads, *(names[node] for node in region.writes), *strides, *(symbol for symbol, _ in symbols), "rows"]
-    found = [*prepared(region, fused.after, symbols), f"rows = {first}.numel() // {columns}"]
-    chosen = "SCHEDULE"
+    columns, first = fused.columns, fused.names[fused.region.writes[0]]
+    found, chosen = begun(fused), "SCHEDULE"
     if fused.rows is None:
         few = ", ".join(f'"{key}": {value}' for key, value in fused.schedules_for(FEW_ROWS)[0].items())
         found += [f"few = {{{few}}}", f"schedule = SCHEDULE if rows > {FEW_ROWS} else few"]
@@ -173,25 +215,35 @@ def _launches(fused: Fused, kernel: str, schedule: Schedule) -> tuple[str, ...]:
         *found,
         f"if {first}.numel() > 0:",
         f'    programs = triton.cdiv(rows, {chosen}["BLOCK_ROWS"]) * triton.cdiv({columns}, {chosen}["BLOCK_COLUMNS"])',
-        f"    {kernel}[(programs,)](",
-        *wrapped(", ".join([*given, f"**{chosen}"]), 2).splitlines(),
-        "    )",
+        *call(kernel, "programs,", arguments_of(fused), f"**{chosen}"),
     )
 
 
-def _reference(fused: Fused, symbols: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """Every node as a call of torch, the product in f32 with a weight that is multiplied out."""
+def begun(fused: Fused) -> list[str]:
+    """The first lines of a launcher: operands as they are read, room for results, the number of rows."""
+    first = fused.names[fused.region.writes[0]]
+    return [*prepared(fused.region, fused.after, symbols_of(fused.region)), f"rows = {first}.numel() // {fused.columns}"]
+
+
+def call(kernel: str, grid: str, arguments: Sequence[Argument], options: str) -> list[str]:
+    """The launch of a device function."""
+    given = ", ".join([*(argument.text for argument in arguments), options])
+    return [f"    {kernel}[({grid})](", *wrapped(given, 2).splitlines(), "    )"]
+
+
+def reference(fused: Fused) -> tuple[str, ...]:
+    """Every node as a call of torch, products in f32 with a weight that is multiplied out."""
     region, names, given = fused.region, fused.names, fused.given
-    found = symbol_lines(symbols, [names[node] for node in region.reads])
+    found = symbol_lines(symbols_of(region), [names[node] for node in region.reads])
     for node in region.nodes:
-        found += _product_lines(fused) if node is fused.node else [torch_line(node, names)]
+        found += _product_lines(fused, node) if node in fused.products else [torch_line(node, names)]
     half = [node for node in region.writes if dtype_of(node) == "bf16"]
     found += [f"{names[node]} = {names[node]}.to(torch.bfloat16)" for node in half if dtype_of(given.x) == "bf16"]
     return tuple(found)
 
 
-def _product_lines(fused: Fused) -> list[str]:
-    given, names = fused.given, fused.names
+def _product_lines(fused: Fused, node: Node) -> list[str]:
+    given, names = fused.products[node], fused.names
     weight = f"{names[given.weight]}{'.t()' if given.is_turned else ''}.float()"
     found = []
     if given.scale is not None:
@@ -200,7 +252,7 @@ def _product_lines(fused: Fused) -> list[str]:
         weight = "wide"
     bias = f", {names[given.bias]}.float()" if given.bias is not None else ""
     x = names[given.x]
-    return [*found, f"{names[fused.node]} = torch.nn.functional.linear({x}.float(), {weight}{bias}).to({x}.dtype)"]
+    return [*found, f"{names[node]} = torch.nn.functional.linear({x}.float(), {weight}{bias}).to({x}.dtype)"]
 
 
-PRODUCTS = WholeOp("product", refuses, goes_first, effort, lambda region: Fused(region).schedules, build, joins)
+PRODUCTS = WholeOp(PLAIN, refuses, goes_first, effort, lambda region: Fused(region).schedules, build, joins)

@@ -1,6 +1,7 @@
 """Regions: sets of nodes that one kernel can compute. The compiler's planner chooses among them by price.
 
 region_of(nodes)            -> the region of these nodes, with the views between them
+forms_of(region)            -> the same region, and it by other templates that may take it
 covers(region)              -> the template that takes it, or the reason why none does
 can_compute(node)           -> whether a kernel may hold this node
 schedules_of(region)        -> the schedules that its template offers, the default first
@@ -21,6 +22,7 @@ from paretorch.codegen.coordinates import source_of
 from paretorch.codegen.emission import Emitter, emitter_for
 from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible, row_text, unique_names
 from paretorch.codegen.kernel import Binary, Kernel, KernelTemplate, Region, Schedule
+from paretorch.codegen.product import PLAIN, SPLIT
 from paretorch.codegen.symbols import symbols_of
 from paretorch.codegen.templates import TEMPLATES
 from paretorch.codegen.templates.row import LONGEST_ROW, MOST_WARPS
@@ -33,6 +35,7 @@ from paretorch.ir.ops import is_op
 MOST_READS = 16  # operands of one kernel
 MOST_NODES = 96
 MOST_REGISTERS = 160  # f32 layer norm with a residual spilled at 192 on sm_80, RMS norm did not at 160 (cross-compiled with triton 3.7)
+FORMS = {PLAIN: (SPLIT,)}
 STEPS_OF_A_NODE = 6  # at most: a layer norm with weight and bias
 
 
@@ -76,6 +79,11 @@ def _overflows(region: Region) -> bool:
     except LoweringError:
         return False  # `covers` says why
     return _registers(region, emitter) > MOST_REGISTERS
+
+
+def forms_of(region: Region) -> list[Region]:
+    """This region, and where its template has another form, it in that form; which of them are taken `covers` says, which is faster their prices."""
+    return [region, *(replace(region, template=other) for other in FORMS.get(region.template, ()))]
 
 
 def is_tensor(node: Node) -> bool:
@@ -192,8 +200,16 @@ def _row_shape(node: Node) -> tuple[object, ...]:
 def _space(nodes: Sequence[Node], writes: Sequence[Node]) -> tuple[object, ...]:
     own, rows = _joining(nodes), [node for node in nodes if row_text(node) is not None]
     if own is not None:
-        return shape_of(own)
+        return _part_of(shape_of(own), writes)
     return _row_shape(rows[0]) if rows else shape_of((writes or nodes)[0])
+
+
+def _part_of(shape: tuple[object, ...], writes: Sequence[Node]) -> tuple[object, ...]:
+    """The shape of a product, or of what is made of parts of its last axis, if that is what is written."""
+    found = shape_of(writes[0]) if writes else shape
+    if not shape or found[:-1] != shape[:-1] or not all(isinstance(sizes[-1], int) for sizes in (found, shape)):
+        return shape
+    return min(found, shape, key=lambda sizes: sizes[-1])  # type: ignore[arg-type, return-value]
 
 
 def _views_to(operand: Node, inside: Collection[Node]) -> list[Node]:

@@ -10,6 +10,9 @@ how many registers it may have at most is not treated so: f16 heads of width 64 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from paretorch.codegen.kernel import Schedule
 
 SHARED_BYTES = 64 * 1024  # of gfx942, the least of the three
@@ -91,27 +94,52 @@ PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narr
     ("full", "many"): ((32, 32, 32, 4, 3), (32, 16, 32, 4, 3)),
     ("full", "few"): ((16, 32, 32, 4, 4), (16, 16, 32, 2, 4)),
 }  # fmt: skip
-CHIP = {"many": 132, "few": 264}  # programs that fill one: of the 132 units of an H100; where they wait for memory two each
-BESIDE_SCALED = 3  # sums of a group, and room for its scales: the widest blocks spilled in f16 on sm_90
+OF_A_UNIT = {"many": 1, "few": 2}  # programs that keep one busy: where they wait for memory two
+CHIP = {form: 132 * programs for form, programs in OF_A_UNIT.items()}  # programs that fill one: of the 132 units of an H100
+BESIDE_SCALED = 3  # for each sum that of a group, and room for its scales: the widest blocks spilled in f16 on sm_90, of two sums in bf16 on sm_80
 HELD_BESIDE = 256  # numbers of a thread for sums and what is computed of them
+LEAST_COLUMNS = 16  # of a block: what a product of blocks takes
+MOST_SPLITS, LEAST_STEPS = 16, 4  # parts of K; blocks along K of a part, so that there is something to load ahead
 
 
-def product_schedules(itemsize: int, rows: int | None, columns: int, length: int, held: int, *, is_scaled: bool) -> tuple[Schedule, ...]:
+def product_schedules(
+    itemsize: int, rows: int | None, columns: int, length: int, held: int, *, is_scaled: bool, sums: int = 1
+) -> tuple[Schedule, ...]:
     """The block sizes of a product that fit, the best first: the widest whose programs fill a chip, or else the narrowest.
 
     None of them where too much is held. rows: None if they vary; length: of a group of K, which a block does not go beyond; held: values of an
-    element that are held at once.
+    element that are held at once; sums: how many a program takes, all of which share a block's columns.
     """
     precision, form = "half" if itemsize < 4 else "full", "few" if rows is not None and rows <= FEW_ROWS else "many"
     found: list[Schedule] = []
     filling: list[Schedule] = []
-    for block_rows, block_columns, block_inner, warps, stages in PRODUCT_BLOCKS[precision, form]:
+    blocks = {(high, max(wide // sums, LEAST_COLUMNS)): others for high, wide, *others in PRODUCT_BLOCKS[precision, form]}
+    for (block_rows, block_columns), (block_inner, warps, stages) in blocks.items():
         inner = min(block_inner, power_of_two(length))
         while is_scaled and inner > 16 and length % inner:
             inner //= 2
         options = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "BLOCK_INNER": inner, "num_warps": warps, "num_stages": stages}
-        if block_rows * block_columns // (32 * warps) * (held + BESIDE_SCALED * is_scaled) <= HELD_BESIDE:
+        if block_rows * block_columns // (32 * warps) * (held + BESIDE_SCALED * sums * is_scaled) <= HELD_BESIDE:
             found.insert(0, options)
-            if rows is None or -(-rows // block_rows) * -(-columns // block_columns) >= CHIP[form]:
+            if rows is None or programs_of(options, rows, columns) >= CHIP[form]:
                 filling.append(options)
     return (*filling, *(options for options in found if options not in filling))
+
+
+def programs_of(options: Schedule, rows: Any, columns: int) -> Any:
+    """How many programs take a product's rows and columns."""
+    return -(-rows // options["BLOCK_ROWS"]) * -(-columns // options["BLOCK_COLUMNS"]) * options.get("SPLITS", 1)
+
+
+def split_schedules(schedules: Sequence[Schedule], rows: int, columns: int, length: int, groups: int) -> tuple[Schedule, ...]:
+    """These with K divided between as many programs as fill a chip, those of the fewest parts first; none where blocks of columns fill it.
+
+    length: of a group of K. Every part has some blocks along K, none is empty.
+    """
+    found = []
+    for options in schedules:
+        steps = groups * -(-length // options["BLOCK_INNER"])
+        splits = min(-(-CHIP["few"] // programs_of(options, rows, columns)), MOST_SPLITS, steps // LEAST_STEPS)
+        if rows <= FEW_ROWS and splits > 1:
+            found.append({**options, "SPLITS": -(-steps // -(-steps // splits))})
+    return tuple(sorted(found, key=lambda options: options["SPLITS"]))

@@ -23,7 +23,8 @@ from paretorch.ir.ops import OpTemplate, is_op, op_of
 @dataclass(frozen=True)
 class Effort:
     """What a kernel does, as ints or sympy expressions. is_rated_alike: whether the price curve of the node's own op fits; otherwise it streams.
-    rate: the share that it reaches of the rate of torch's kernel for the op; light_flops: of what is computed beside it, at the rate of light ops."""
+    rate: the share that it reaches of the rate of torch's kernel for the op; light_flops: of what is computed beside it, at the rate of light ops.
+    programs: that share the work, None where there are always enough; of_a_unit: how many of them keep one of a chip's units busy."""
 
     flops: Any
     bytes_moved: Any
@@ -31,6 +32,8 @@ class Effort:
     is_rated_alike: bool = True
     rate: float = 1.0
     light_flops: Any = 0
+    programs: Any = None
+    of_a_unit: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def template_name(node: Node) -> str | None:
 
 def own_node(region: Region) -> Node:
     """The node that gives a region of a whole op its template."""
-    return next(node for node in region.nodes if template_name(node) == region.template)
+    return next(node for node in region.nodes if template_name(node) is not None)
 
 
 def region_of_op(node: Node) -> Region:

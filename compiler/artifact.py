@@ -44,7 +44,7 @@ from paretorch.tuning import tuner_here
 if TYPE_CHECKING:
     from paretorch.optimized import Optimized
 
-FORMAT = 1
+FORMAT = 2
 MEMBERS = frozenset(("plan.json", "report.json", "graph.txt", "weights.safetensors", "example.safetensors", "signature.json"))
 
 

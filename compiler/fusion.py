@@ -6,7 +6,9 @@ is broadcast or seen through several views is computed for each element that nee
 kernel that a template takes, with values in registers, and must leave an order in which everything can run. A value with other users is written.
 
 An op with a template of its own is a region by itself, where torch has no kernel for just this and ours is predicted to take no longer. A product
-joins what is elementwise before and after it, where that kernel is predicted to take less than the vendor's product and theirs.
+joins what is elementwise before and after it, where that kernel is predicted to take less than the vendor's product and theirs. Where programs are too
+few to fill a chip, a kernel that divides what each of them sums is priced too, and the cheaper one is taken: the plan prints both, and beside the regions
+the products that stand apart from what they could have been joined with, at either price.
 What no kernel takes, a lone elementwise op included, runs as torch; views cost nothing.
 """
 
@@ -24,9 +26,9 @@ from torch.fx import Node
 from paretorch.codegen.coordinates import source_of
 from paretorch.codegen.expressions import dtype_of, row_text
 from paretorch.codegen.kernel import Region
-from paretorch.codegen.regions import can_compute, emitted, region_of
+from paretorch.codegen.regions import can_compute, emitted, forms_of, region_of
 from paretorch.codegen.triton_runtime import Priced, signature
-from paretorch.codegen.whole_op import own_node, template_name
+from paretorch.codegen.whole_op import Effort, own_node, template_name
 from paretorch.codegen.whole_ops import WHOLE_OPS, not_taken
 from paretorch.cost_model.price import Prices
 from paretorch.cost_model.work import number, other_sizes
@@ -43,21 +45,42 @@ NOTHING = Cost(0.0)
 
 @dataclass(frozen=True)
 class Fused:
-    """A chosen region: its cost as one kernel, and what its nodes cost apart."""
+    """A chosen region: its cost as one kernel, what its nodes cost apart, and what other kernels for it would cost."""
 
     region: Region
     cost: Cost
     apart: Cost
+    others: tuple[tuple[str, Cost], ...] = ()
+
+    def __str__(self) -> str:
+        saved = f"saves {_time(self.apart.seconds - self.cost.seconds)}, {self.apart.bytes_moved - self.cost.bytes_moved:,.0f} bytes"
+        others = "".join(f"; as {template} {_time(cost.seconds)}" for template, cost in self.others)
+        return f"{self.region}: {_time(self.cost.seconds)}, {saved}, {self.apart.launches - self.cost.launches:.0f} launches{others}"
+
+
+@dataclass(frozen=True)
+class Left:
+    """What could have been one kernel with a product in it, and costs less as what it is now. count: how many such there are."""
+
+    region: Region
+    seconds: float
+    apart: float
+    count: int
+
+    def __str__(self) -> str:
+        times = f"{self.count} times " if self.count > 1 else ""
+        return f"not joined: {times}{self.region}: {_time(self.seconds)} as one kernel, {_time(self.apart)} apart"
 
 
 @dataclass(frozen=True)
 class FusionPlan:
-    """regions: in graph order; rest: cost of what runs as torch."""
+    """regions: in graph order; rest: cost of what runs as torch, left: how many nodes that is; unjoined: what a price speaks against."""
 
     device: str
     regions: tuple[Fused, ...]
     rest: Cost
     left: int
+    unjoined: tuple[Left, ...] = ()
 
     @property
     def cost(self) -> Cost:
@@ -74,12 +97,7 @@ class FusionPlan:
             f"fusion plan for {self.device}: {len(self.regions)} kernels, {self.left} nodes as torch; "
             f"predicted {_time(self.cost.seconds)}, apart {_time(apart.seconds)}"
         ]
-        for fused in self.regions:
-            saved = (
-                f"saves {_time(fused.apart.seconds - fused.cost.seconds)}, {fused.apart.bytes_moved - fused.cost.bytes_moved:,.0f} bytes"
-            )
-            lines.append(f"  {fused.region}: {_time(fused.cost.seconds)}, {saved}, {fused.apart.launches - 1:.0f} launches")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {line}" for line in (*self.regions, *self.unjoined))])
 
 
 def _time(seconds: float) -> str:
@@ -115,23 +133,39 @@ class Fusion:
         chosen = [nodes for nodes in merging.run() if len(nodes) > 1 or row_text(nodes[0]) is not None or self._goes_first(nodes[0])]
         fused = []
         for nodes in chosen:
-            cost = self.cost(nodes)
-            assert cost is not None  # what no template takes stands alone
+            (region, cost), *others = self.forms(nodes)  # what no template takes stands alone
             apart = sum((self._apart(node) for node in nodes), NOTHING)
-            fused.append(Fused(region_of(nodes), cost, apart))
+            fused.append(Fused(region, cost, apart, tuple((other.template, price) for other, price in others)))
         inside = {node for one in fused for node in one.region.nodes}
         left = [node for node in graph.calls if node not in inside]
         rest = sum((self.prices.node_cost(node, RUNTIME) for node in left), self.prices.call_cost(graph, RUNTIME))
         counted = sum(1 for node in left if (op := op_of(node)) is None or op.kind not in ("view", "scalar"))
-        return FusionPlan(self.prices.device.name, tuple(fused), rest, counted)
+        return FusionPlan(self.prices.device.name, tuple(fused), rest, counted, self._unjoined(merging))
+
+    def _unjoined(self, merging: _Merging) -> tuple[Left, ...]:
+        """Those that are alike are one."""
+        found: dict[Any, Left] = {}
+        for nodes, apart in merging.unjoined():
+            region, cost = self.forms(nodes)[0]
+            if region.template in WHOLE_OPS:
+                known = found.get(signature(region))
+                found[signature(region)] = Left(known.region if known else region, cost.seconds, apart, known.count + 1 if known else 1)
+        return tuple(found.values())
 
     def cost(self, nodes: Sequence[Node]) -> Cost | None:
         """Of these nodes as one kernel; None if no template takes them."""
-        region = region_of(nodes)
-        key = (signature(region), other_sizes())
-        if key not in self._known:
-            self._known[key] = self._cost(region)
-        return self._known[key]
+        return next((cost for _, cost in self.forms(nodes)), None)
+
+    def forms(self, nodes: Sequence[Node]) -> list[tuple[Region, Cost]]:
+        """The kernels that compute these nodes, the cheapest first; none if no template takes them."""
+        found = []
+        for region in forms_of(region_of(nodes)):
+            key = (signature(region), other_sizes())
+            if key not in self._known:
+                self._known[key] = self._cost(region)
+            if (cost := self._known[key]) is not None:
+                found.append((region, cost))
+        return sorted(found, key=lambda form: form[1].seconds)
 
     def _alone(self, node: Node, cost: Cost) -> float:
         """Seconds of a node that a kernel could compute, if nothing joins it: by torch, where that is what runs."""
@@ -155,10 +189,16 @@ class Fusion:
         node, effort = own_node(region), WHOLE_OPS[region.template].effort(region)
         flops, moved = number(effort.flops, node), number(effort.bytes_moved, node)
         if effort.is_rated_alike:
-            light = self.prices.kernel_cost(0.0, number(effort.light_flops, node), "f32", RUNTIME, 0)
-            own = self.prices.op_cost(node, moved, flops / effort.rate, effort.launches, RUNTIME)
-            return replace(own, flops=flops) + light
+            light, filled = self.prices.kernel_cost(0.0, number(effort.light_flops, node), "f32", RUNTIME, 0), self._filled(effort, node)
+            own = self.prices.op_cost(node, moved / filled, flops / effort.rate / filled, effort.launches, RUNTIME)
+            return replace(own, flops=flops, bytes_moved=moved) + light
         return self.prices.kernel_cost(moved, flops, "f32", RUNTIME, effort.launches)
+
+    def _filled(self, effort: Effort, node: Node) -> float:
+        """The share of the device's units that a kernel's programs keep busy."""
+        if effort.programs is None:
+            return 1.0
+        return min(number(effort.programs, node) / (self.prices.device.units * effort.of_a_unit), 1.0)
 
     def _cost(self, region: Region) -> Cost | None:
         if region.template in WHOLE_OPS:
@@ -206,6 +246,7 @@ class _Merging:
     after: dict[int, set[int]] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)  # of clusters that are kernels
     heap: list[tuple[float, int, int]] = field(default_factory=list)
+    dear: list[tuple[int, int]] = field(default_factory=list)  # pairs that one kernel could compute, and that it saves nothing
 
     def run(self) -> list[list[Node]]:
         """The nodes of each kernel, in graph order."""
@@ -247,9 +288,18 @@ class _Merging:
 
     def _offer(self, first: int, second: int) -> None:
         cost = self.price(_ordered((*self.clusters[first], *self.clusters[second])))
-        saved = self.seconds[first] + self.seconds[second] - cost.seconds if cost is not None else 0.0
+        if cost is None:
+            return
+        saved = self.seconds[first] + self.seconds[second] - cost.seconds
         if saved > 0:
             heapq.heappush(self.heap, (-saved, first, second))
+        else:
+            self.dear.append((first, second))
+
+    def unjoined(self) -> list[tuple[list[Node], float]]:
+        """(nodes, seconds apart) of those pairs that are left so at the end."""
+        left = [pair for pair in dict.fromkeys(self.dear) if self.clusters.keys() >= set(pair) and not self._has_detour(*pair)]
+        return [(_ordered((*self.clusters[a], *self.clusters[b])), self.seconds[a] + self.seconds[b]) for a, b in left]
 
     def _has_detour(self, first: int, second: int) -> bool:
         """Whether a way leads from one to the other through a third, which could then run neither before nor after the union."""

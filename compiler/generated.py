@@ -1,10 +1,11 @@
-"""The generated kernels of one graph, and their place in a saved result: sources as they were, and which calls of the graph each region holds."""
+"""The generated kernels of one graph, and their place in a saved result: sources as they were, and which calls of the graph each region holds, by
+which template."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from paretorch.codegen.kernel import Kernel, Part
 from paretorch.codegen.regions import can_compute, region_of
@@ -32,7 +33,9 @@ class Generated:
         sources = {_path(kernel.name): kernel.source.encode() for kernel in self.kernels}
         plain = [{key: value for key, value in asdict(kernel).items() if key != "source"} for kernel in self.kernels]
         places = {node: place for place, node in enumerate(graph.calls)}
-        regions = [[[places[node] for node in region.nodes if can_compute(node)], predicted] for region, predicted in self.regions]
+        regions = [
+            [[places[node] for node in region.nodes if can_compute(node)], predicted, region.template] for region, predicted in self.regions
+        ]
         return {**sources, MEMBER: json.dumps({"kernels": plain, "regions": regions}, indent=1).encode()}
 
     @classmethod
@@ -49,8 +52,8 @@ class Generated:
             )
             kernels.append(Kernel(source=members[_path(row["name"])].decode(), **row))
         regions = [
-            (region_of([calls[place] for place in places]), (predicted[0], predicted[1]) if predicted is not None else None)
-            for places, predicted in body["regions"]
+            (replace(region_of([calls[place] for place in places]), template=template), tuple(predicted) if predicted is not None else None)
+            for places, predicted, template in body["regions"]
         ]
         return cls(tuple(kernels), tuple(regions))
 

@@ -13,7 +13,8 @@ class Device:
     """Numbers that describe hardware.
 
     kind: "cpu", "cuda", "rocm" or "fake"; arch: what kernels are compiled for; cache_bytes: last cache level that all cores share.
-    launch_s: seconds to start one kernel. source: where the rates come from; sources: the source of every figure that stands elsewhere.
+    launch_s: seconds to start one kernel; units: of a GPU, that run programs of a kernel side by side (streaming multiprocessors, compute units).
+    source: where the rates come from; sources: the source of every figure that stands elsewhere.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Device:
     launch_s: float
     source: str
     sources: dict[str, str] = field(default_factory=dict)
+    units: int = 1
 
     def peak(self, dtype: str) -> float:
         """The rate for a dtype; a dtype without a rate runs at that of f32, and f64 at half of it."""
@@ -34,6 +36,7 @@ class Device:
 
 
 LAUNCH_GPU = "assumption: 3 to 8 microseconds are seen for a launch from Python; 5 is taken"
+UNITS = "NVIDIA architecture white paper of the generation, or the product's brief: streaming multiprocessors"
 LAUNCH_CPU = "assumption: torch's dispatcher takes 2 to 5 microseconds an op; calibration measures it"
 NVIDIA_L2 = "NVIDIA architecture white paper of the generation, level 2 cache"
 
@@ -41,41 +44,41 @@ GPUS = (
     Device(
         name="a100-sxm4-80gb", kind="cuda", arch="sm_80",
         peak_flops_per_s={"f64": 9.7e12, "f32": 19.5e12, "tf32": 156e12, "f16": 312e12, "bf16": 312e12, "i8": 624e12},
-        bandwidth_bytes_per_s=2.039e12, cache_bytes=40e6, memory_bytes=80e9, launch_s=5e-6,
-        source="NVIDIA A100 datasheet, SXM 80GB column", sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU},
+        bandwidth_bytes_per_s=2.039e12, cache_bytes=40e6, memory_bytes=80e9, launch_s=5e-6, units=108,
+        source="NVIDIA A100 datasheet, SXM 80GB column", sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU, "units": UNITS},
     ),
     Device(
         name="h100-sxm", kind="cuda", arch="sm_90",
         peak_flops_per_s={"f64": 34e12, "f32": 67e12, "tf32": 494.5e12, "f16": 989.5e12, "bf16": 989.5e12, "i8": 1979e12},
-        bandwidth_bytes_per_s=3.35e12, cache_bytes=50e6, memory_bytes=80e9, launch_s=5e-6,
+        bandwidth_bytes_per_s=3.35e12, cache_bytes=50e6, memory_bytes=80e9, launch_s=5e-6, units=132,
         source="NVIDIA H100 datasheet, SXM column; half of the figures that are given with sparsity",
-        sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU},
+        sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU, "units": UNITS},
     ),
     Device(
         name="h200", kind="cuda", arch="sm_90",
         peak_flops_per_s={"f64": 34e12, "f32": 67e12, "tf32": 494.5e12, "f16": 989.5e12, "bf16": 989.5e12, "i8": 1979e12},
-        bandwidth_bytes_per_s=4.8e12, cache_bytes=50e6, memory_bytes=141e9, launch_s=5e-6,
+        bandwidth_bytes_per_s=4.8e12, cache_bytes=50e6, memory_bytes=141e9, launch_s=5e-6, units=132,
         source="NVIDIA H200 datasheet, SXM column; half of the figures that are given with sparsity",
-        sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU},
+        sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU, "units": UNITS},
     ),
     Device(
         name="l4", kind="cuda", arch="sm_89",
         peak_flops_per_s={"f32": 30.3e12, "tf32": 60e12, "f16": 121e12, "bf16": 121e12, "i8": 242.5e12},
-        bandwidth_bytes_per_s=300e9, cache_bytes=48e6, memory_bytes=24e9, launch_s=5e-6,
+        bandwidth_bytes_per_s=300e9, cache_bytes=48e6, memory_bytes=24e9, launch_s=5e-6, units=58,
         source="NVIDIA L4 datasheet; half of the figures that are given with sparsity",
-        sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU},
+        sources={"cache_bytes": NVIDIA_L2, "launch_s": LAUNCH_GPU, "units": UNITS},
     ),
     Device(
         name="rtx4090", kind="cuda", arch="sm_89",
         peak_flops_per_s={"f32": 82.6e12, "tf32": 82.6e12, "f16": 165.2e12, "bf16": 165.2e12, "i8": 660.6e12},
-        bandwidth_bytes_per_s=1.008e12, cache_bytes=72e6, memory_bytes=24e9, launch_s=5e-6,
+        bandwidth_bytes_per_s=1.008e12, cache_bytes=72e6, memory_bytes=24e9, launch_s=5e-6, units=128,
         source="NVIDIA Ada GPU architecture white paper, appendix A, GeForce RTX 4090 (f16 and bf16 with f32 accumulation)",
-        sources={"launch_s": LAUNCH_GPU},
+        sources={"launch_s": LAUNCH_GPU, "units": UNITS},
     ),
     Device(
         name="mi300x", kind="rocm", arch="gfx942",
         peak_flops_per_s={"f64": 81.7e12, "f32": 163.4e12, "tf32": 653.7e12, "f16": 1307.4e12, "bf16": 1307.4e12, "i8": 2614.9e12},
-        bandwidth_bytes_per_s=5.3e12, cache_bytes=256e6, memory_bytes=192e9, launch_s=5e-6,
+        bandwidth_bytes_per_s=5.3e12, cache_bytes=256e6, memory_bytes=192e9, launch_s=5e-6, units=304,
         source="AMD Instinct MI300X data sheet", sources={"launch_s": LAUNCH_GPU},
     ),
 )  # fmt: skip

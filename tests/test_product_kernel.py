@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,19 @@ class Sizes:
             "scale": vector("f32", self.columns, self.groups), "bias": vector(dtype, self.columns),
         }  # fmt: skip
 
+    def packed(self, dtype: str) -> dict[str, str]:
+        """Of a gate: two columns of the weight for each of the result."""
+        return {**self.types(dtype), **{name: text for name, text in replace(self, columns=2 * self.columns).types(dtype).items() if name != "x"}}
+
     def plain(self, dtype: str) -> dict[str, str]:
-        return {name: text.replace("i8", dtype) for name, text in self.types(dtype).items() if name != "scale"}
+        return plain(self.types(dtype), dtype)
 
     def block(self, dtype: str) -> str:
         return vector(dtype, self.rows, self.columns)
+
+
+def plain(types: dict[str, str], dtype: str) -> dict[str, str]:
+    return {name: text.replace("i8", dtype) for name, text in types.items() if name != "scale"}
 
 
 def alone(b: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
@@ -94,6 +102,33 @@ def matmul(b: Any, x: Any, weight: Any, bias: Any) -> Any:
     return b.sigmoid(b.add(b.matmul(b.neg(x), weight), bias))
 
 
+def packed_gate(b: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
+    """SwiGLU of the halves of one product, made smaller so that f16 holds it."""
+    halves = b.split(b.int8_linear(x, weight, scale, bias), bias.meta["val"].shape[0] // 2, -1)
+    return b.mul(b.mul(b.silu(b.item(halves, 0)), 0.01), b.item(halves, 1))
+
+
+def sliced_gate(b: Any, x: Any, weight: Any, bias: Any, residual: Any) -> tuple[Any, Any]:
+    """GeGLU with the gate last; what the gate lets pass is a result too."""
+    packed, half = b.linear(x, weight, bias), bias.meta["val"].shape[0] // 2
+    gate = b.gelu(b.mul(b.slice(packed, -1, half), 0.01), approximate="tanh")
+    return gate, b.add(b.mul(b.slice(packed, -1, 0, half), gate), residual)
+
+
+def mixed_gate(b: Any, x: Any, weight: Any, bias: Any) -> Any:
+    """Gate and value in turns, of a weight that lies turned, as two axes of a view and as steps."""
+    packed = b.matmul(b.neg(x), weight)
+    pairs = b.view(packed, [*x.meta["val"].shape[:-1], bias.meta["val"].shape[0], 2])
+    gate = b.mul(b.select(pairs, -1, 0), 0.01)
+    return b.mul(b.mul(gate, b.sigmoid(gate)), b.add(b.slice(packed, -1, 1, None, 2), bias))
+
+
+def two_products(b: Any, x: Any, weight: Any, scale: Any, bias: Any, other: Any, factor: Any) -> Any:
+    """Of one x that is computed before; one of them without a bias."""
+    scaled = b.mul(x, factor)
+    return b.mul(b.sigmoid(b.mul(b.int8_linear(scaled, weight, scale, bias), 0.01)), b.int8_linear(scaled, other, scale, None))
+
+
 KINDS: dict[str, tuple[Callable[..., Any], Callable[[str, Sizes], dict[str, str]]]] = {
     "alone": (alone, lambda dtype, at: at.types(dtype)),
     "without bias": (without_bias, lambda dtype, at: at.types(dtype)),
@@ -101,7 +136,13 @@ KINDS: dict[str, tuple[Callable[..., Any], Callable[[str, Sizes], dict[str, str]
     "gated": (gated, lambda dtype, at: {**at.types(dtype), "gate": vector(dtype, at.rows, at.inner)}),
     "linear": (linear, lambda dtype, at: at.plain(dtype)),
     "matmul": (matmul, lambda dtype, at: {**at.plain(dtype), "weight": vector(dtype, at.inner, at.columns)}),
-}
+    "packed gate": (packed_gate, lambda dtype, at: at.packed(dtype)),
+    "sliced gate": (sliced_gate, lambda dtype, at: {**plain(at.packed(dtype), dtype), "residual": at.block("f32")}),
+    "mixed gate": (mixed_gate, lambda dtype, at: {**at.plain(dtype), "weight": vector(dtype, at.inner, 2 * at.columns)}),
+    "two products": (
+        two_products, lambda dtype, at: {**at.types(dtype), "other": vector("i8", at.columns, at.inner), "factor": vector(dtype, at.inner)},
+    ),
+}  # fmt: skip
 SIZES = {
     "one": Sizes(1, 1, 1),
     "one row": Sizes(1, 128, 67, 2),

@@ -7,6 +7,9 @@ it read; writes T[..., N]. The number of rows is an argument; edges are masked, 
 A program takes BLOCK_ROWS x BLOCK_COLUMNS results and goes along K by BLOCK_INNER. Programs of BAND blocks of rows run together, since they read the
 same columns of the weight. Shared memory: the blocks of x and of the weight, one per stage. Few rows take narrow blocks of columns, so that the
 programs that read the weight fill a chip.
+
+A gate (SwiGLU, GeGLU: the halves of one product, or two products of the same x) has two sums, which go along K side by side: two blocks of the weight,
+one of x. What is as wide as both is then never written. Shazeer 2020, arXiv:2002.05202.
 """
 
 BAND = 8
@@ -23,15 +26,15 @@ ${parameters}
     row = (first + place % high)${wide} * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     column = (place // high)${wide} * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     in_rows, in_columns = row < rows, column < ${columns}
+${share}
 ${coordinates}
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for step in range(0, ${steps}):
+${totals}
+    for step in range(${steps}):
 ${along}
         inner, depth = along[None, :], along[:, None]
 ${edges}
 ${left}
-        right = tl.load(${weight}, mask=in_columns${in_depth}, other=0)
+${right}
 ${sum}
-${body}
-${stores}
+${rest}
 """
