@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 import paretorch
 from paretorch import Choice, Plan, artifact, capture
-from paretorch.artifact import MEMBERS
+from paretorch.artifact import FORMAT, MEMBERS
 from paretorch.codegen.runtimes import RUNTIMES
 from paretorch.contest import Contender
 from paretorch.ir.errors import ArtifactError
@@ -136,10 +136,10 @@ def test_a_member_that_is_missing_or_was_exchanged(saved):
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ('{"format": 99}', "format 99; this version reads format 1"),
+        ('{"format": 99}', f"format 99; this version reads format {FORMAT}"),
         ("[1]", "its manifest is a list"),
         ("{", "not a saved result"),
-        ('{"format": 1}', "its manifest has no sha256 of"),
+        (f'{{"format": {FORMAT}}}', "its manifest has no sha256 of"),
     ],
 )
 def test_a_foreign_manifest(saved, manifest, message):
