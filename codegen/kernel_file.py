@@ -229,7 +229,9 @@ def _example_count(kernel: str) -> str:
 def wrapped(listed: str, by: int = 1) -> str:
     """A list of arguments, over several lines if it is long."""
     indent, tied = "    " * by, listed.replace(": ", ":\N{NO-BREAK SPACE}")  # a name stays beside its type
-    found = textwrap.fill(tied, LONGEST_LINE, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    found = textwrap.fill(
+        tied, LONGEST_LINE, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
     return found.replace("\N{NO-BREAK SPACE}", " ")
 
 

@@ -75,9 +75,7 @@ class Argument:
 def arguments_of(fused: Fused) -> list[Argument]:
     """Of a kernel that computes all of the region."""
     region, names = fused.region, fused.names
-    pointers = [
-        Argument(f"{names[node]}_ptr", f"*{TRITON_TYPES[dtype_of(node)]}", names[node]) for node in (*region.reads, *region.writes)
-    ]
+    pointers = [Argument(f"{names[node]}_ptr", f"*{TRITON_TYPES[dtype_of(node)]}", names[node]) for node in (*region.reads, *region.writes)]
     strides = [
         Argument(name, stride_kind(layout.known[axis]).replace("i32", "i64"), f"{names[node]}.stride({axis})")
         for node, layout in fused.after.layouts.items()
@@ -132,8 +130,8 @@ def device_text(fused: Fused, kernel: str, arguments: Sequence[Argument], schedu
         along=lines(_along(given.groups, parts, length, is_whole=is_whole), 2),
         edges="" if is_whole else f"        in_inner, in_depth = ({within} < {length})[None, :], ({within} < {length})[:, None]",
         left=lines(left, 2),
-        right=lines((_right(fused, one, is_whole=is_whole) for one in fused.sums), 2),
-        sum=lines((line for one in fused.sums for line in _sum(fused, one, parts)), 2),
+        right=lines([_right(fused, one, is_whole=is_whole) for one in fused.sums], 2),
+        sum=lines([line for one in fused.sums for line in _sum(fused, one, parts)], 2),
         rest=lines(rest),
     )
 
@@ -146,7 +144,7 @@ def filled(template: str, **slots: Any) -> str:
 
 def totals(fused: Fused) -> str:
     """The lines that begin the sums."""
-    return lines(f"total{one.end} = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)" for one in fused.sums)
+    return lines([f"total{one.end} = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)" for one in fused.sums])
 
 
 def _share(steps: int) -> list[str]:

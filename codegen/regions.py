@@ -209,7 +209,7 @@ def _part_of(shape: tuple[object, ...], writes: Sequence[Node]) -> tuple[object,
     found = shape_of(writes[0]) if writes else shape
     if not shape or found[:-1] != shape[:-1] or not all(isinstance(sizes[-1], int) for sizes in (found, shape)):
         return shape
-    return min(found, shape, key=lambda sizes: sizes[-1])  # type: ignore[arg-type, return-value]
+    return min(found, shape, key=lambda sizes: sizes[-1])
 
 
 def _views_to(operand: Node, inside: Collection[Node]) -> list[Node]:

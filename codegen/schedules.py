@@ -96,7 +96,9 @@ PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narr
 }  # fmt: skip
 OF_A_UNIT = {"many": 1, "few": 2}  # programs that keep one busy: where they wait for memory two
 CHIP = {form: 132 * programs for form, programs in OF_A_UNIT.items()}  # programs that fill one: of the 132 units of an H100
-BESIDE_SCALED = 3  # for each sum that of a group, and room for its scales: the widest blocks spilled in f16 on sm_90, of two sums in bf16 on sm_80
+BESIDE_SCALED = (
+    3  # for each sum that of a group, and room for its scales: the widest blocks spilled in f16 on sm_90, two sums in bf16 on sm_80
+)
 HELD_BESIDE = 256  # numbers of a thread for sums and what is computed of them
 LEAST_COLUMNS = 16  # of a block: what a product of blocks takes
 MOST_SPLITS, LEAST_STEPS = 16, 4  # parts of K; blocks along K of a part, so that there is something to load ahead
@@ -136,10 +138,12 @@ def split_schedules(schedules: Sequence[Schedule], rows: int, columns: int, leng
 
     length: of a group of K. Every part has some blocks along K, none is empty.
     """
+    if rows > FEW_ROWS or any(programs_of(options, rows, columns) >= CHIP["few"] for options in schedules):
+        return ()
     found = []
     for options in schedules:
         steps = groups * -(-length // options["BLOCK_INNER"])
         splits = min(-(-CHIP["few"] // programs_of(options, rows, columns)), MOST_SPLITS, steps // LEAST_STEPS)
-        if rows <= FEW_ROWS and splits > 1:
+        if splits > 1:
             found.append({**options, "SPLITS": -(-steps // -(-steps // splits))})
     return tuple(sorted(found, key=lambda options: options["SPLITS"]))

@@ -73,8 +73,7 @@ def _stores(fused: Fused) -> list[str]:
 def _sum_text(fused: Fused, kernel: str, arguments: Sequence[Argument], options: Schedule) -> str:
     rest = rest_of(fused)
     parts = [
-        f"total{one.end} += tl.load({_place(fused, place)}, mask=in_rows & in_columns, other=0.0)"
-        for place, one in enumerate(fused.sums)
+        f"total{one.end} += tl.load({_place(fused, place)}, mask=in_rows & in_columns, other=0.0)" for place, one in enumerate(fused.sums)
     ]
     return filled(
         SUM,

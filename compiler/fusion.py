@@ -6,9 +6,9 @@ is broadcast or seen through several views is computed for each element that nee
 kernel that a template takes, with values in registers, and must leave an order in which everything can run. A value with other users is written.
 
 An op with a template of its own is a region by itself, where torch has no kernel for just this and ours is predicted to take no longer. A product
-joins what is elementwise before and after it, where that kernel is predicted to take less than the vendor's product and theirs. Where programs are too
-few to fill a chip, a kernel that divides what each of them sums is priced too, and the cheaper one is taken: the plan prints both, and beside the regions
-the products that stand apart from what they could have been joined with, at either price.
+joins what is elementwise before and after it, where that kernel is predicted to take less than the vendor's product and theirs. Where its programs
+are too few for a chip, a kernel that divides what each of them adds up is priced too, and the cheaper one is taken. The plan prints both prices, and
+those of products that stand apart from what they could have been joined with.
 What no kernel takes, a lone elementwise op included, runs as torch; views cost nothing.
 """
 
@@ -54,8 +54,8 @@ class Fused:
 
     def __str__(self) -> str:
         saved = f"saves {_time(self.apart.seconds - self.cost.seconds)}, {self.apart.bytes_moved - self.cost.bytes_moved:,.0f} bytes"
-        others = "".join(f"; as {template} {_time(cost.seconds)}" for template, cost in self.others)
-        return f"{self.region}: {_time(self.cost.seconds)}, {saved}, {self.apart.launches - self.cost.launches:.0f} launches{others}"
+        launches = self.apart.launches - self.cost.launches
+        return f"{self.region}: {_time(self.cost.seconds)}{_as(self.others)}, {saved}, {launches:.0f} launches"
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Left:
     """What could have been one kernel with a product in it, and costs less as what it is now. count: how many such there are."""
 
     region: Region
-    seconds: float
+    cost: Cost
     apart: float
+    others: tuple[tuple[str, Cost], ...]
     count: int
 
     def __str__(self) -> str:
         times = f"{self.count} times " if self.count > 1 else ""
-        return f"not joined: {times}{self.region}: {_time(self.seconds)} as one kernel, {_time(self.apart)} apart"
+        return f"not joined: {times}{self.region}: {_time(self.cost.seconds)}{_as(self.others)}, {_time(self.apart)} apart"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,15 @@ class FusionPlan:
             f"predicted {_time(self.cost.seconds)}, apart {_time(apart.seconds)}"
         ]
         return "\n".join([*lines, *(f"  {line}" for line in (*self.regions, *self.unjoined))])
+
+
+def _named(forms: Iterable[tuple[Region, Cost]]) -> tuple[tuple[str, Cost], ...]:
+    return tuple((region.template, cost) for region, cost in forms)
+
+
+def _as(others: Iterable[tuple[str, Cost]]) -> str:
+    """The prices of a region's other kernels."""
+    return "".join(f" (as {template} {_time(cost.seconds)})" for template, cost in others)
 
 
 def _time(seconds: float) -> str:
@@ -135,7 +145,7 @@ class Fusion:
         for nodes in chosen:
             (region, cost), *others = self.forms(nodes)  # what no template takes stands alone
             apart = sum((self._apart(node) for node in nodes), NOTHING)
-            fused.append(Fused(region, cost, apart, tuple((other.template, price) for other, price in others)))
+            fused.append(Fused(region, cost, apart, _named(others)))
         inside = {node for one in fused for node in one.region.nodes}
         left = [node for node in graph.calls if node not in inside]
         rest = sum((self.prices.node_cost(node, RUNTIME) for node in left), self.prices.call_cost(graph, RUNTIME))
@@ -146,10 +156,10 @@ class Fusion:
         """Those that are alike are one."""
         found: dict[Any, Left] = {}
         for nodes, apart in merging.unjoined():
-            region, cost = self.forms(nodes)[0]
+            (region, cost), *others = self.forms(nodes)
             if region.template in WHOLE_OPS:
                 known = found.get(signature(region))
-                found[signature(region)] = Left(known.region if known else region, cost.seconds, apart, known.count + 1 if known else 1)
+                found[signature(region)] = replace(known, count=known.count + 1) if known else Left(region, cost, apart, _named(others), 1)
         return tuple(found.values())
 
     def cost(self, nodes: Sequence[Node]) -> Cost | None:

@@ -63,7 +63,7 @@ class Sizes:
 
     def packed(self, dtype: str) -> dict[str, str]:
         """Of a gate: two columns of the weight for each of the result."""
-        return {**self.types(dtype), **{name: text for name, text in replace(self, columns=2 * self.columns).types(dtype).items() if name != "x"}}
+        return replace(self, columns=2 * self.columns).types(dtype)
 
     def plain(self, dtype: str) -> dict[str, str]:
         return plain(self.types(dtype), dtype)
@@ -277,7 +277,7 @@ def test_offsets_have_64_bits_where_needed() -> None:
     assert "(place // high).to(tl.int64) * BLOCK_COLUMNS" in large
 
 
-@pytest.mark.parametrize("kind", ["alone", "activated", "gated", "matmul"])
+@pytest.mark.parametrize("kind", ["alone", "activated", "gated", "matmul", "packed gate", "sliced gate"])
 def test_text(kind: str, golden: Callable[[str], None]) -> None:
     at = {"alone": Sizes(1, 4096, 14336, 64), "matmul": Sizes(197, 770, 768)}.get(kind, Sizes(2048, 1024, 4096, 16))
     golden(kernel(graph(kind, "bf16", at), 3).source)
@@ -297,12 +297,12 @@ def test_refusals() -> None:
         return b.linear(b.linear(x, w), w)
 
     many = {"x": "f32[4,8]", "w": "f32[8,8]"}
-    assert reason(two, **many) == "linear_1 is a kernel of its own"
+    assert reason(two, **many) == "linear_1 multiplies linear and linear x; a kernel goes along one of them"
     assert reason(lambda b, x, w: b.softmax(b.linear(x, w), -1), **many) == "softmax takes whole rows; a program has a part of them"
     turned = reason(lambda b, x, w: b.relu(b.permute(b.linear(x, w), [1, 0])), x="f32[8,8]", w="f32[8,8]")
     assert turned == "linear is needed at other places than those where a program computes it"
-    halves = reason(lambda b, x, w: b.relu(b.slice(b.linear(x, w), -1, 0, 4)), **many)
-    assert halves == "relu is [4, 4]; what goes along with linear is [4, 8]"
+    halves = reason(lambda b, x, w: (b.relu(y := b.linear(x, w)), b.neg(b.slice(y, -1, 0, 4))), **many)
+    assert halves == "neg is [4, 4]; what goes along with linear is [4, 8]"
     assert reason(lambda b, x, w: b.linear(x, b.relu(w)), **many) == "relu is computed beside linear, which reads it whole"
     assert reason(lambda b, x, w: b.linear(x, w), x="f64[4,8]", w="f64[8,8]").startswith(
         "linear is of f64 and f64; the template takes one of"
@@ -355,9 +355,9 @@ def test_a_model_with_rounded_weights() -> None:
 
 def test_no_spills() -> None:
     """A few at a size that models have, without a GPU."""
-    check_compiled(
-        [kernel(graph("activated", "bf16", Sizes(2048, 1024, 4096, 16)), 0), kernel(graph("gated", "bf16", Sizes(1, 1024, 4096, 16)), 1)]
-    )
+    many, one = Sizes(2048, 1024, 4096, 16), Sizes(1, 1024, 4096, 16)
+    chosen = (("activated", many), ("gated", one), ("packed gate", many), ("sliced gate", many), ("packed gate", one))
+    check_compiled([kernel(graph(kind, "bf16", at), place) for place, (kind, at) in enumerate(chosen)])
 
 
 @pytest.mark.slow
