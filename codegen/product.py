@@ -18,8 +18,8 @@ from paretorch.codegen.coordinates import At, is_plain, plus, product, source_of
 from paretorch.codegen.emission import COLUMN, Emitter, Space
 from paretorch.codegen.expressions import TRITON_TYPES, dtype_of, not_expressible, row_text, unique_names
 from paretorch.codegen.kernel import Region, Schedule
-from paretorch.codegen.layouts import merged_axes
-from paretorch.codegen.schedules import FEW_ROWS, product_schedules, split_schedules
+from paretorch.codegen.layouts import layout_of, merged_axes
+from paretorch.codegen.schedules import ALL_REGISTERS, FEW_ROWS, LEAST_BLOCK, product_schedules, split_schedules
 from paretorch.codegen.symbols import symbols_of
 from paretorch.codegen.whole_op import template_name
 from paretorch.ir.errors import LoweringError
@@ -35,7 +35,7 @@ MOST_SUMS = 2
 ENDS = ("", "_1")  # of what belongs to each sum
 LOCALS = (  # what the template's own text calls its values
     "program", "row_blocks", "column_blocks", "first", "high", "total", "step", "along", "within", "left", "right", "part",
-    "rows", "programs", "schedule", "few", "wide", "total_1", "right_1", "begin", "split", "share",
+    "rows", "programs", "schedule", "few", "wide", "unpacked", "total_1", "right_1", "begin", "split", "share",
 )  # fmt: skip
 ROWS, COLUMNS = (r"\b(row|at_\d+)\b", "in_rows"), (r"\bcolumn\b", "in_columns")
 INNER = (r"\binner\b", "in_inner")
@@ -43,13 +43,15 @@ INNER = (r"\binner\b", "in_inner")
 
 @dataclass(frozen=True)
 class Operands:
-    """What a product multiplies. weight: [N, K], or [K, N] if it is turned; scale: of groups of K; None where there is none."""
+    """What a product multiplies. weight: [N, K], or [K, N] if it is turned, [N, G, K / G / 2] if it is packed; scale: of groups of K; None where
+    there is none."""
 
     x: Node
     weight: Node
     scale: Node | None
     bias: Node | None
     is_turned: bool
+    is_packed: bool = False
 
     @property
     def columns(self) -> Any:
@@ -57,6 +59,8 @@ class Operands:
 
     @property
     def inner(self) -> Any:
+        if self.is_packed:
+            return 2 * product(shape_of(self.weight)[1:])
         return shape_of(self.weight)[0 if self.is_turned else 1]
 
     @property
@@ -79,19 +83,21 @@ def operands_of(node: Node) -> Operands:
     assert op is not None  # a node of a row of the table
     assert isinstance(op.triton, OpTemplate)
     found = {role: given[name] for role, name in op.triton.roles if given.get(name) is not None}
-    turned = "turned_weight" in found
-    return Operands(found["x"], found["turned_weight" if turned else "weight"], found.get("scale"), found.get("bias"), turned)
+    turned, packed = "turned_weight" in found, "packed_weight" in found
+    weight = found["turned_weight" if turned else "packed_weight" if packed else "weight"]
+    return Operands(found["x"], weight, found.get("scale"), found.get("bias"), turned, packed)
 
 
 def refuses(node: Node) -> str | None:
     """None, or why the template does not take this product by itself."""
     given = operands_of(node)
     x, weight, dtype = shape_of(given.x), shape_of(given.weight), dtype_of(given.x)
-    if dtype not in HELD or dtype_of(node) != dtype or dtype_of(given.weight) != ("i8" if given.scale is not None else dtype):
+    held = "u8" if given.is_packed else "i8" if given.scale is not None else dtype
+    if dtype not in HELD or dtype_of(node) != dtype or dtype_of(given.weight) != held:
         return (
             f"{node.name} is of {dtype} and {dtype_of(given.weight)}; the template takes one of {', '.join(HELD)}, or such with scaled i8"
         )
-    if len(weight) != 2 or not x or not all(isinstance(size, int) and size > 0 for size in weight):
+    if len(weight) != 2 + given.is_packed or not x or not all(isinstance(size, int) and size > 0 for size in weight):
         return f"{node.name} multiplies {list(x)} by {list(weight)}; the template takes rows by a matrix of known sizes"
     if x[-1] != given.inner or shape_of(node) != (*x[:-1], given.columns) or not all(map(is_plain, x)):
         return f"{node.name} makes {list(shape_of(node))} of {list(x)} and {list(weight)}; the template takes [..., K] and makes [..., N]"
@@ -104,6 +110,10 @@ def refuses(node: Node) -> str | None:
         return (
             f"{node.name} has scales of {list(shape_of(given.scale))}; the template takes {[given.columns]} by a divisor of {given.inner}"
         )
+    if given.is_packed and not layout_of(given.weight, "").is_contiguous:
+        return f"{node.name} reads packed weights that do not lie in order"
+    if given.is_packed and given.inner // given.groups % LEAST_BLOCK:
+        return f"{node.name} has packed groups of {given.inner // given.groups}; the template takes multiples of {LEAST_BLOCK}"
     return None
 
 
@@ -204,7 +214,10 @@ class Fused:
         """Those for so many rows, None if they vary."""
         given = self.given
         itemsize, length = DTYPES[dtype_of(given.x)].itemsize, given.inner // given.groups
-        found = product_schedules(itemsize, rows, self.columns, length, self.held, is_scaled=given.groups > 1, sums=len(self.sums))
+        is_scaled = given.groups > 1 or given.is_packed
+        found = product_schedules(itemsize, rows, self.columns, length, self.held, is_scaled=is_scaled, sums=len(self.sums))
+        if given.is_packed:
+            found = tuple({**options, **ALL_REGISTERS} for options in found)
         if self.region.template == PLAIN:
             return found
         return split_schedules(found, rows, self.columns, length, given.groups) if rows is not None else ()
@@ -260,7 +273,7 @@ class Fused:
         for node, other in others:
             if other.x is not given.x:
                 return f"{node.name} multiplies {other.x.name} and {first.name} {given.x.name}; a kernel goes along one of them"
-            if (other.scale is None, other.groups) != (given.scale is None, given.groups):
+            if (other.scale is None, other.groups, other.is_packed) != (given.scale is None, given.groups, given.is_packed):
                 return f"{node.name} has {other.groups} scales a row and {first.name} {given.groups}, or none; a kernel goes along groups of one kind"
         return None
 

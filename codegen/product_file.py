@@ -24,10 +24,12 @@ from paretorch.codegen.triton_offsets import coordinates, wide
 from paretorch.codegen.whole_op import Built, Effort, WholeOp, stride_kind
 from paretorch.ir.ops import op_of
 from paretorch.ir.ops.costs import value_type
+from paretorch.ir.ops.quantized import ZERO
 
 # shares of the rate of the vendor's product: assumed, since nothing was measured. Where x is computed its blocks are not loaded ahead, which counts
 # where many rows keep the matrix units busy.
 RATE, COMPUTED_RATE = 0.7, 0.4
+UNPACKED = f"tl.join({{right}} & 15, {{right}} >> 4).permute(0, 2, 1).reshape(BLOCK_INNER, BLOCK_COLUMNS).to(tl.int8) - {ZERO}"
 
 
 def goes_first(node: Node) -> bool:
@@ -128,6 +130,7 @@ def device_text(fused: Fused, kernel: str, arguments: Sequence[Argument], schedu
         share=lines(_share(steps)) if "SPLITS" in schedule else "",
         steps=f"begin, tl.minimum(begin + share, {steps})" if "SPLITS" in schedule else f"0, {steps}",
         along=lines(_along(given.groups, parts, length, is_whole=is_whole), 2),
+        depth="along" if not given.is_packed else "(step * (BLOCK_INNER // 2) + tl.arange(0, BLOCK_INNER // 2))",
         edges="" if is_whole else f"        in_inner, in_depth = ({within} < {length})[None, :], ({within} < {length})[:, None]",
         left=lines(left, 2),
         right=lines([_right(fused, one, is_whole=is_whole) for one in fused.sums], 2),
@@ -177,8 +180,11 @@ def _left(fused: Fused, *, is_whole: bool) -> list[str]:
 
 
 def _right(fused: Fused, one: Sum, *, is_whole: bool) -> str:
-    """The load of a block [BLOCK_INNER, BLOCK_COLUMNS] of a weight."""
+    """The load of a block [BLOCK_INNER, BLOCK_COLUMNS] of a weight, or of half as many rows of one that is packed."""
     given, name = one.given, fused.names[one.given.weight]
+    if given.is_packed:
+        offset = plus(times(one.column, given.inner // 2), "depth")
+        return f"right{one.end} = tl.load({name}_ptr + {offset}, mask=in_columns, other=0)"
     at = ("depth", one.column) if given.is_turned else (one.column, "depth")
     strides = layout_of(given.weight, name).strides
     offset = plus(*(times(text, stride) for text, stride in zip(at, strides, strict=True)))
@@ -195,11 +201,18 @@ def _scale(fused: Fused, one: Sum, group: str) -> str:
 
 def _sum(fused: Fused, one: Sum, parts: int) -> list[str]:
     """How a block's products are added: as they are, or times the scale of their group."""
-    right, total = f"right{one.end}" if one.given.scale is None else f"right{one.end}.to(left.dtype)", f"total{one.end}"
+    right, total = f"right{one.end}", f"total{one.end}"
+    unpacked = [f"{right} = {UNPACKED.format(right=right)}"] if one.given.is_packed else []
+    if one.given.scale is not None:
+        right = f"{right}.to(left.dtype)"
     if one.given.groups == 1:
-        return [f'{total} = tl.dot(left, {right}, {total}, input_precision="ieee")']
+        return [*unpacked, f'{total} = tl.dot(left, {right}, {total}, input_precision="ieee")']
     group = "step" if parts == 1 else f"(step // {parts})"
-    return [f'part = tl.dot(left, {right}, input_precision="ieee")', f"{total} += part * {_scale(fused, one, group)}"]
+    return [
+        *unpacked,
+        f'part = tl.dot(left, {right}, input_precision="ieee")',
+        f"{total} += part * {_scale(fused, one, group)}",
+    ]
 
 
 def _launches(fused: Fused, kernel: str, schedule: Schedule) -> tuple[str, ...]:
@@ -244,6 +257,10 @@ def _product_lines(fused: Fused, node: Node) -> list[str]:
     given, names = fused.products[node], fused.names
     weight = f"{names[given.weight]}{'.t()' if given.is_turned else ''}.float()"
     found = []
+    if given.is_packed:
+        name = names[given.weight]
+        found.append(f"unpacked = torch.stack(({name} & 15, {name} >> 4), 3).reshape({given.columns}, {given.inner})")
+        weight = f"(unpacked.float() - {ZERO})"
     if given.scale is not None:
         shape = (given.columns, given.groups, given.inner // given.groups)
         found.append(f"wide = ({weight}.reshape{shape} * {names[given.scale]}.float()[:, :, None]).reshape({shape[0]}, {given.inner})")

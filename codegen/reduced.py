@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from paretorch.ir.builder import Builder
 from paretorch.ir.graph import Graph, arguments, origin_of
 from paretorch.ir.ops import is_op, op_of
-from paretorch.ir.ops.quantized import widened_weight
+from paretorch.ir.ops.quantized import Rounding, rounding_of
 
 HALF = (torch.bfloat16, torch.float16)
 _WIDE = WeakTensorKeyDictionary()
@@ -49,25 +49,26 @@ def without_reduced(graph: Graph) -> Graph:
 
 def with_wide_weights(graph: Graph) -> Graph:
     """The same function with integer weights multiplied out once, not in each call: for torch, when calls count more than memory."""
-    if not any(is_op(node, "int8_linear") for node in graph.calls):
+    if all(rounding_of(node) is None for node in graph.calls):
         return graph
     other = graph.copy()
     for node in other.calls:
-        if is_op(node, "int8_linear"):
+        rounding = rounding_of(node)
+        if rounding is not None:
             given = arguments(node)
             values, scale = (other.constant(given[name]) for name in ("weight", "scale"))
             if values is not None and scale is not None:
                 b = Builder(other, node, origin=origin_of(node))
-                wide = b.constant(f"{given['weight'].target}_wide", _wide(values, scale, node.meta["val"].dtype))
+                wide = b.constant(f"{given['weight'].target}_wide", _wide(rounding, values, scale, node.meta["val"].dtype))
                 other.replace(node, b.linear(given["x"], wide, given["bias"]))
     return other.clean()
 
 
-def _wide(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What int8_linear multiplies by. Kept while the integers live, since plans of a search share them."""
+def _wide(rounding: Rounding, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a call with rounded weights multiplies by. Kept while the integers live, since plans of a search share them."""
     kept: dict[torch.dtype, Tensor] = _WIDE.setdefault(values, {})
     if dtype not in kept:
-        kept[dtype] = widened_weight(values, scale, dtype)
+        kept[dtype] = rounding.widened(values, scale, dtype)
     return kept[dtype]
 
 

@@ -86,6 +86,7 @@ def attention_shared(options: Schedule, itemsize: int) -> int:
 
 
 FEW_ROWS = 16
+LEAST_BLOCK = 16  # of a product, along K
 PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narrow; narrower ones where more is held beside the sums
     ("half", "many"): (
         (128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (32, 32, 64, 4, 3), (32, 16, 64, 2, 3),
@@ -118,7 +119,7 @@ def product_schedules(
     blocks = {(high, max(wide // sums, LEAST_COLUMNS)): others for high, wide, *others in PRODUCT_BLOCKS[precision, form]}
     for (block_rows, block_columns), (block_inner, warps, stages) in blocks.items():
         inner = min(block_inner, power_of_two(length))
-        while is_scaled and inner > 16 and length % inner:
+        while is_scaled and inner > LEAST_BLOCK and length % inner:
             inner //= 2
         options = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns, "BLOCK_INNER": inner, "num_warps": warps, "num_stages": stages}
         if block_rows * block_columns // (32 * warps) * (held + BESIDE_SCALED * sums * is_scaled) <= HELD_BESIDE:

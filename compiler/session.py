@@ -29,7 +29,7 @@ from paretorch.fusion import RUNTIME, Fusion
 from paretorch.ir.errors import LoweringError, PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.hash import structural_hash
-from paretorch.ir.ops import is_op
+from paretorch.ir.ops.quantized import rounding_of
 from paretorch.ir.protocols import Cost, Executable
 from paretorch.judge import FIRST_LOOK, Judge, drift_of
 from paretorch.ledger import Entry, Ledger
@@ -354,8 +354,9 @@ class Session:
 def precision_of(graph: Graph) -> str:
     """Which fewer bits a graph computes in, FULL if none: measured over predicted seconds differ by it."""
     values = [node.meta["val"].dtype for node in graph.calls if isinstance(node.meta.get("val"), torch.Tensor)]
-    half = "half" if torch.bfloat16 in values or torch.float16 in values else FULL
-    return " and ".join(part for part in ("int8" if any(is_op(node, "int8_linear") for node in graph.calls) else "", half) if part)
+    half = ["half"] if torch.bfloat16 in values or torch.float16 in values else []
+    kept = {rounding.name for node in graph.calls if (rounding := rounding_of(node)) is not None}
+    return " and ".join([*sorted(kept), *half]) or FULL
 
 
 def open_session(

@@ -20,7 +20,7 @@ from torch.fx import Node
 from paretorch.ir.builder import Builder, build
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import aten
-from paretorch.ir.ops.quantized import quantized
+from paretorch.ir.ops.quantized import quantized_int4, quantized_int8
 from paretorch.ir.types import DTYPES, TensorType
 
 Body = Callable[[Builder, Node, str], Node]
@@ -101,22 +101,24 @@ def square(width: int) -> Body:
     return lambda b, x, dtype: linear(b, x, dtype, width, width)
 
 
-def int8_square(width: int) -> Body:
-    """A linear that keeps the width, with weights of eight bits."""
+def rounded_square(op: str, width: int) -> Body:
+    """A linear that keeps the width, with weights of eight or four bits. op: "int8_linear" or "int4_linear"."""
 
     def link(b: Builder, x: Node, dtype: str) -> Node:
-        values, scale = (value.to(torch.get_default_device()) for value in _integers(width))
+        values, scale = (value.to(torch.get_default_device()) for value in _integers(op, width))
         number = len(b.graph.constants)
         held = b.constant(f"q_{number}", values), b.constant(f"s_{number}", scale)
-        return b.int8_linear(x, *held, weight(b, "b", dtype, width))
+        found: Node = getattr(b, op)(x, *held, weight(b, "b", dtype, width))
+        return found
 
     return link
 
 
 @cache
-def _integers(width: int) -> tuple[Tensor, Tensor]:
-    """Weights i8[width, width] and their scales."""
-    return quantized(_values(0, (width, width), "f32"))
+def _integers(op: str, width: int) -> tuple[Tensor, Tensor]:
+    """Weights [width, width] of these bits and their scales; of four bits with groups of a length between the shortest and the longest."""
+    weights = _values(0, (width, width), "f32")
+    return quantized_int8(weights) if op == "int8_linear" else quantized_int4(weights, 64)
 
 
 def attentions(causal: bool = False) -> Body:
@@ -268,8 +270,9 @@ LINEAR = tuple(
         (32, 4, (1, 32, 1024)), (128, 4, (1, 16, 128, 1024)), (384, 4, (1, 8, 32, 64, 128, 256, 1024)), (1024, 2, (1, 8, 64, 256)),
     )
 )  # fmt: skip
-INT8 = tuple(
-    Probe(f"int8_{width}x{count}", "int8_linear", int8_square(width), (width,), rows, count, half=False, quick=quick, composite=True)
+ROUNDED = tuple(
+    Probe(f"{op[:4]}_{width}x{count}", op, rounded_square(op, width), (width,), rows, count, half=False, quick=quick, composite=True)
+    for op in ("int8_linear", "int4_linear")
     for width, count, rows, quick in ((384, 3, (1, 64, 1024), True), (1024, 2, (1, 64), False))
 )
 ATTENTION = (
@@ -324,7 +327,7 @@ WHOLES = (
     Probe("residual", "residual", residual, (RESIDUAL_WIDTH, 28, 28), (4,), is_whole=True),
     Probe("separable", "separable", separable, (SEPARABLE_WIDTH, 28, 28), (4,), is_whole=True),
 )
-PROBES = (*LINEAR, *WARM, *INT8, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
+PROBES = (*LINEAR, *WARM, *ROUNDED, *ATTENTION, *CONVOLUTION, *ROWS, *POINTWISE, *MOVES)
 DISPATCH = Probe("dispatch", "dispatch", tiny_pair, (TINY,), (TINY_ROWS,), TINY_PAIRS, idle_rows=TINY_ROWS, ops=2)
 GPU_PROBES = (
     Probe("linear4096", "matrix", square(4096), (4096,), (1, 128, 8192)),

@@ -131,7 +131,9 @@ Place = tuple[tuple[float, ...], tuple[str, ...]]
 def _matrix_place(node: Node, flops: float) -> Place:
     result = sizes(node, tensor_values(node)[0])
     operands = [sizes(node, tensor_values(a)[0]) for a in node.all_input_nodes if tensor_values(a)]
-    batched = sum(len(shape) >= 3 for shape in operands) >= 2 and len(result) >= 3
+    op = op_of(node)
+    shares_weight = op is not None and op.axes == "linear"  # of two axes, or packed in three
+    batched = not shares_weight and sum(len(shape) >= 3 for shape in operands) >= 2 and len(result) >= 3
     batch = prod(result[:-2]) if batched else 1
     produced = result[-1] if result else 1
     elements = max(prod(result), 1)

@@ -134,7 +134,7 @@ def width_of(x: Any) -> int:
 
 
 GUARD = 4096
-MARK = {torch.bool: True, torch.int8: 101, torch.int32: 1 << 30, torch.int64: 1 << 30}
+MARK = {torch.bool: True, torch.int8: 101, torch.uint8: 101, torch.int32: 1 << 30, torch.int64: 1 << 30}
 
 
 def between_guards(x: Tensor, mark: float) -> tuple[Tensor, Tensor]:

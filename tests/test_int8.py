@@ -12,12 +12,13 @@ from paretorch.cost_model.price import Prices
 from paretorch.ir.errors import PlanError
 from paretorch.ir.graph import Graph
 from paretorch.ir.ops import is_op, op_of
-from paretorch.ir.ops.quantized import LARGEST, coarse_share, quantized
+from paretorch.ir.ops.quantized import LARGEST, coarse_share, quantized_int8
 from paretorch.rewrites.apply import apply_choice, sites_of
 from paretorch.rewrites.example_models import Sizes, transformer
 from paretorch.rewrites.normalize import normalize
 from paretorch.rewrites.precision import bf16
-from paretorch.rewrites.precision.int8 import LEAST, RULE
+from paretorch.rewrites.precision.int8 import RULE
+from paretorch.rewrites.precision.linears import LEAST
 from paretorch.rewrites.rule import MODEL
 from tests.zoo import make
 
@@ -43,7 +44,7 @@ def test_every_weight_is_within_half_a_step() -> None:
     for width, groups in ((33, 1), (192, 3), (48, 3)):
         weight = torch.randn(7, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 7)[:, None]
         weight[3] = 0.0
-        values, scale = quantized(weight)
+        values, scale = quantized_int8(weight)
         assert (values.dtype, values.shape, scale.shape) == (torch.int8, weight.shape, (7, groups))
         assert int(values.abs().max()) == LARGEST
         steps = scale.repeat_interleave(width // groups, 1)

@@ -1,8 +1,9 @@
-"""A product with a weight matrix, and the elementwise ops before and after it, in one kernel; weights of eight bits are widened in registers.
+"""A product with a weight matrix, and the elementwise ops before and after it, in one kernel; weights of eight or four bits are widened in registers.
 
 Types: x in f16, bf16 (matrix units, sums in f32) or f32 (products in f32 proper). Reads x T[..., K] of any strides, its leading axes as rows, a weight
-T[N, K] or T[K, N], or i8[N, K] with a scale f32[N, G] for each K / G of a row, which the sums of a group are multiplied by, and what the ops beside
-it read; writes T[..., N]. The number of rows is an argument; edges are masked, and groups that no block divides.
+T[N, K] or T[K, N], or i8[N, K] with a scale f32[N, G] for each K / G of a row, which the sums of a group are multiplied by, or u8[N, G, K / G / 2] of
+four bits with such a scale, and what the ops beside it read; writes T[..., N]. The number of rows is an argument; edges are masked, and groups that no
+block divides; groups of four bits are multiples of the least block, so that blocks divide them.
 
 A program takes BLOCK_ROWS x BLOCK_COLUMNS results and goes along K by BLOCK_INNER. Programs of BAND blocks of rows run together, since they read the
 same columns of the weight. Shared memory: the blocks of x and of the weight, one per stage. Few rows take narrow blocks of columns, so that the
@@ -31,7 +32,7 @@ ${coordinates}
 ${totals}
     for step in range(${steps}):
 ${along}
-        inner, depth = along[None, :], along[:, None]
+        inner, depth = along[None, :], ${depth}[:, None]
 ${edges}
 ${left}
 ${right}

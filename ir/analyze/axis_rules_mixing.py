@@ -15,11 +15,11 @@ from paretorch.ir.ops import is_op
 
 
 def linear(walk: Walk, node: Node) -> Dims:
-    """x[..., C] with weight[D, C]."""
+    """x[..., C] with weight[D, C], or with one whose second axis is split."""
     x, weight = node.args[0], node.args[1]
     dims = walk.dims(x)  # type: ignore[arg-type]
     _contracts(walk, node, dims[-1], weight)
-    return [*dims[:-1], walk.one(node, walk.shape(node)[-1])] if len(walk.shape(weight)) == 2 else dims[:-1]  # type: ignore[arg-type]
+    return [*dims[:-1], walk.one(node, walk.shape(node)[-1])] if len(walk.shape(weight)) > 1 else dims[:-1]  # type: ignore[arg-type]
 
 
 def _contracts(walk: Walk, node: Node, dim: Dim, weight: Any) -> None:

@@ -38,7 +38,7 @@ AXES: dict[str, str] = {  # how the axes of operands become those of the result;
     "reduce": "the axes in `dim` (all of them if there is none) go, or have length one with `keepdim`",
     "scan": "every entry depends on its place along `dim` or `dims`; all axes stay, of topk a shorter one",
     "spatial": "[N, C, *spatial]: channels are contracted or kept, spatial axes get new lengths",
-    "linear": "x[..., C] with weight[D, C]: the last axis is contracted, a new one made",
+    "linear": "x[..., C] with weight[D, C], or [D, G, C / G] packed: the last axis is contracted, a new one made",
     "matmul": "[..., M, K] with [..., K, N], or vectors: K is contracted",
     "addmm": "the second and third operand as in matmul, the first is added by broadcast",
     "attention": "query[B, H, Tq, D], key[B, Hk, Tk, D], value[B, Hk, Tk, Dv] -> [B, H, Tq, Dv]",

@@ -13,7 +13,7 @@ Source: Kalamkar et al. 2019, arXiv:1905.12322.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from paretorch.ir.errors import PlanError, ShapeError
 from paretorch.ir.graph import Graph, arguments, origin_of, tensor_type
 from paretorch.ir.ops import TOKEN_OPS, aten, is_op, op_of
 from paretorch.rewrites.example_models import Sizes, transformer
+from paretorch.rewrites.precision.blocks import block_of, blocks_with, closure
 from paretorch.rewrites.precision.kept import Kept
 from paretorch.rewrites.rule import MODEL, SPAN, Knob, Lossy, Refusal, Rule, Site
 
@@ -50,11 +51,7 @@ def sites(graph: Graph, facts: Facts) -> Iterator[Site | Refusal]:
         yield Refusal(NAME, MODEL, f"nothing to gain: {reason}")
         return
     yield Site(MODEL, "everything")
-    by_name = {node.name: node for node in graph.nodes}
-    for stream in facts.streams:
-        for block in stream.blocks:
-            if any(_is_product(by_name[name]) for name in block.nodes if name in by_name):
-                yield Site(block.name, origin_of(by_name[block.after]).path)
+    yield from blocks_with(graph, facts, lambda nodes: RULE.knobs if any(map(_is_product, nodes)) else None)
     parts = _parts(region) if not any(stream.blocks for stream in facts.streams) else []
     if len(parts) > 1:
         for part in parts:
@@ -133,27 +130,6 @@ def _parts(region: set[Node]) -> list[list[Node]]:
     return sorted((part for part in parts if any(_is_product(node) for node in part)), key=lambda part: part[0])
 
 
-def block_of(graph: Graph, site: Site) -> set[Node]:
-    """The nodes between the two stream values that a block's name holds. Empty if one of them is gone."""
-    before, after = graph.node(site.parts[0]), graph.node(site.parts[-1])
-    if before is None or after is None or before is after:
-        return set()
-    below = _closure(before, lambda node: node.users)
-    return {node for node in _closure(after, lambda node: node.all_input_nodes) & below if node.op == "call_function"} | {after}
-
-
-def _closure(start: Node, step: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    """Everything that `step` reaches from a node, without the node."""
-    seen: set[Node] = set()
-    waiting = [start]
-    while waiting:
-        for node in step(waiting.pop()):
-            if node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return seen
-
-
 def _narrow(graph: Graph, node: Node, site: str) -> None:
     """Cast the f32 operands of one node, and compute its type anew."""
     if not is_op(node, *AS_THEY_ARE):
@@ -194,7 +170,7 @@ def _in_range(number: float) -> float:
 
 def _may_overflow(value: Node, user: Node) -> bool:
     """Whether numbers below bf16's range were written into this value, or a mask may bring them in as an input."""
-    sources = {value, *_closure(value, lambda node: () if _has_kind(node, *PRODUCTS) else node.all_input_nodes)}
+    sources = {value, *closure(value, lambda node: () if _has_kind(node, *PRODUCTS) else node.all_input_nodes)}
     numbers = [n for node in sources for n in torch.utils._pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, float)]
     if any(n < LOWEST and not math.isinf(n) for n in numbers):
         return True
@@ -204,7 +180,7 @@ def _may_overflow(value: Node, user: Node) -> bool:
 
 def _reaches_softmax(node: Node) -> bool:
     """Whether a softmax reads this value, or one that pointwise ops and views alone compute from it."""
-    reached = {node, *_closure(node, lambda n: n.users if _has_kind(n, "elementwise", "view") else ())}
+    reached = {node, *closure(node, lambda n: n.users if _has_kind(n, "elementwise", "view") else ())}
     return any(is_op(n, "softmax", "log_softmax") for n in reached)
 
 
