@@ -240,8 +240,8 @@ def test_a_region_that_is_gone_is_a_plan_error(site):
         reduced(transformer(), site)
 
 
-@pytest.mark.parametrize(("name", "knob"), [("bf16", "bf16"), ("int8", "int8")])
-def test_weights_that_were_edited_in_place_are_computed_again(name, knob):
+@pytest.mark.parametrize(("name", "knob", "limit"), [("bf16", "bf16", DRIFT), ("int8", "int8", DRIFT), ("int4", 32, 0.25)])
+def test_weights_that_were_edited_in_place_are_computed_again(name, knob, limit):
     """A model is planned for, trained on, and planned for again in one process."""
     graph, (rule,) = transformer(Sizes(2, 9, width=32)), rules_named([name])
     x = draw(2, 9, 32)
@@ -250,4 +250,4 @@ def test_weights_that_were_edited_in_place_are_computed_again(name, knob):
         weight.mul_(1.5)
     second = apply_choice(rule, graph, MODEL, knob).run(x)[0]
     (expected,) = graph.run(x)
-    assert float((second - expected).norm() / expected.norm()) < DRIFT < float((first - expected).norm() / expected.norm())
+    assert float((second - expected).norm() / expected.norm()) < limit < float((first - expected).norm() / expected.norm())

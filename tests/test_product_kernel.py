@@ -17,7 +17,7 @@ from torch import Tensor
 from paretorch.codegen.kernel import Kernel
 from paretorch.codegen.product import Fused
 from paretorch.codegen.regions import can_compute, covers, region_of
-from paretorch.codegen.schedules import FEW_ROWS
+from paretorch.codegen.schedules import FEW_ROWS, LEAST_BLOCK
 from paretorch.codegen.triton_runtime import each_alone, with_kernels
 from paretorch.codegen.triton_text import render
 from paretorch.ir.graph import Graph
@@ -25,8 +25,8 @@ from paretorch.ir.ops import aten, is_op
 from paretorch.rewrites.apply import apply_choice
 from paretorch.rewrites.example_models import Sizes as ModelSizes
 from paretorch.rewrites.example_models import transformer
-from paretorch.rewrites.precision.int8 import RULE
-from paretorch.rewrites.rule import MODEL
+from paretorch.rewrites.precision import int4, int8
+from paretorch.rewrites.rule import MODEL, Knob, Rule
 from tests.kernel_cases import (
     DTYPES,
     TOLERANCE,
@@ -62,8 +62,18 @@ class Sizes:
         }  # fmt: skip
 
     def packed(self, dtype: str) -> dict[str, str]:
+        """With weights of four bits."""
+        return {**self.types(dtype), "weight": vector("u8", self.columns, self.groups, self.inner // self.groups // 2)}
+
+    @property
+    def evened(self) -> Sizes:
+        """With groups of the next length that the template takes of four bits."""
+        return replace(self, inner=-(-self.inner // self.groups // LEAST_BLOCK) * LEAST_BLOCK * self.groups)
+
+    @property
+    def doubled(self) -> Sizes:
         """Of a gate: two columns of the weight for each of the result."""
-        return replace(self, columns=2 * self.columns).types(dtype)
+        return replace(self, columns=2 * self.columns)
 
     def plain(self, dtype: str) -> dict[str, str]:
         return plain(self.types(dtype), dtype)
@@ -94,6 +104,14 @@ def gated(b: Any, x: Any, weight: Any, scale: Any, bias: Any, gate: Any) -> Any:
     return b.int8_linear(b.mul(b.silu(gate), x), weight, scale, bias)
 
 
+def packed(b: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
+    return b.int4_linear(x, weight, scale, bias)
+
+
+def packed_activated(b: Any, x: Any, weight: Any, scale: Any, bias: Any, residual: Any, gate: Any) -> Any:
+    return b.gelu(b.add(b.int4_linear(b.mul(b.silu(gate), x), weight, scale, bias), residual))
+
+
 def linear(b: Any, x: Any, weight: Any, bias: Any) -> Any:
     return b.relu(b.linear(x, weight, bias))
 
@@ -105,6 +123,12 @@ def matmul(b: Any, x: Any, weight: Any, bias: Any) -> Any:
 def packed_gate(b: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
     """SwiGLU of the halves of one product, made smaller so that f16 holds it."""
     halves = b.split(b.int8_linear(x, weight, scale, bias), bias.meta["val"].shape[0] // 2, -1)
+    return b.mul(b.mul(b.silu(b.item(halves, 0)), 0.01), b.item(halves, 1))
+
+
+def gate_of_four_bits(b: Any, x: Any, weight: Any, scale: Any, bias: Any) -> Any:
+    """SwiGLU of the halves of one product with packed weights."""
+    halves = b.split(b.int4_linear(x, weight, scale, bias), bias.meta["val"].shape[0] // 2, -1)
     return b.mul(b.mul(b.silu(b.item(halves, 0)), 0.01), b.item(halves, 1))
 
 
@@ -134,10 +158,16 @@ KINDS: dict[str, tuple[Callable[..., Any], Callable[[str, Sizes], dict[str, str]
     "without bias": (without_bias, lambda dtype, at: at.types(dtype)),
     "activated": (activated, lambda dtype, at: {**at.types(dtype), "residual": at.block("f32"), "factor": vector(dtype, at.rows, 1)}),
     "gated": (gated, lambda dtype, at: {**at.types(dtype), "gate": vector(dtype, at.rows, at.inner)}),
+    "packed": (packed, lambda dtype, at: at.evened.packed(dtype)),
+    "packed activated": (
+        packed_activated,
+        lambda dtype, at: {**at.evened.packed(dtype), "residual": at.block(dtype), "gate": vector(dtype, at.rows, at.evened.inner)},
+    ),
     "linear": (linear, lambda dtype, at: at.plain(dtype)),
     "matmul": (matmul, lambda dtype, at: {**at.plain(dtype), "weight": vector(dtype, at.inner, at.columns)}),
-    "packed gate": (packed_gate, lambda dtype, at: at.packed(dtype)),
-    "sliced gate": (sliced_gate, lambda dtype, at: {**plain(at.packed(dtype), dtype), "residual": at.block("f32")}),
+    "packed gate": (packed_gate, lambda dtype, at: at.doubled.types(dtype)),
+    "gate of four bits": (gate_of_four_bits, lambda dtype, at: at.evened.doubled.packed(dtype)),
+    "sliced gate": (sliced_gate, lambda dtype, at: {**plain(at.doubled.types(dtype), dtype), "residual": at.block("f32")}),
     "mixed gate": (mixed_gate, lambda dtype, at: {**at.plain(dtype), "weight": vector(dtype, at.inner, 2 * at.columns)}),
     "two products": (
         two_products, lambda dtype, at: {**at.types(dtype), "other": vector("i8", at.columns, at.inner), "factor": vector(dtype, at.inner)},
@@ -167,8 +197,10 @@ def values(of: Graph, seed: int = 0, hint: int = 5) -> list[Tensor]:
     for place, node in enumerate(of.inputs):
         if found[place].dtype == torch.int8:
             found[place] = torch.randint(-128, 128, found[place].shape, generator=generator).to(torch.int8)
+        elif found[place].dtype == torch.uint8:
+            found[place] = torch.randint(0, 256, found[place].shape, generator=generator).to(torch.uint8)
         elif node.name == "scale":
-            found[place] = found[place] / 100
+            found[place] = found[place] / (10 if "u8[" in str(of) else 100)
     return found
 
 
@@ -277,14 +309,15 @@ def test_offsets_have_64_bits_where_needed() -> None:
     assert "(place // high).to(tl.int64) * BLOCK_COLUMNS" in large
 
 
-@pytest.mark.parametrize("kind", ["alone", "activated", "gated", "matmul", "packed gate", "sliced gate"])
+@pytest.mark.parametrize("kind", ["alone", "activated", "gated", "packed", "matmul", "packed gate", "sliced gate"])
 def test_text(kind: str, golden: Callable[[str], None]) -> None:
-    at = {"alone": Sizes(1, 4096, 14336, 64), "matmul": Sizes(197, 770, 768)}.get(kind, Sizes(2048, 1024, 4096, 16))
-    golden(kernel(graph(kind, "bf16", at), 3).source)
+    chosen = {"alone": Sizes(1, 4096, 14336, 64), "packed": Sizes(1, 4096, 14336, 32), "matmul": Sizes(197, 770, 768)}
+    golden(kernel(graph(kind, "bf16", chosen.get(kind, Sizes(2048, 1024, 4096, 16))), 3).source)
 
 
-def test_a_file_runs_alone(tmp_path: Path) -> None:
-    run_alone(kernel(graph("activated", "bf16", Sizes(5, 48, 20, 3))), tmp_path)
+@pytest.mark.parametrize("kind", ["activated", "packed"])
+def test_a_file_runs_alone(kind: str, tmp_path: Path) -> None:
+    run_alone(kernel(graph(kind, "bf16", Sizes(5, 48, 20, 3))), tmp_path)
 
 
 def test_refusals() -> None:
@@ -307,6 +340,10 @@ def test_refusals() -> None:
     assert reason(lambda b, x, w: b.linear(x, w), x="f64[4,8]", w="f64[8,8]").startswith(
         "linear is of f64 and f64; the template takes one of"
     )
+    uneven = reason(lambda b, x, w, s: b.int4_linear(x, w, s), x="f32[4,72]", w="u8[8,3,12]", s="f32[8,3]")
+    assert uneven == "int4_linear has packed groups of 24; the template takes multiples of 16"
+    turned = reason(lambda b, x, w, s: b.int4_linear(x, b.transpose(w, 0, 1), s), x="f32[4,64]", w="u8[2,8,16]", s="f32[8,2]")
+    assert turned == "int4_linear reads packed weights that do not lie in order"
     batched = reason(lambda b, x, w: b.matmul(x, w), x="f32[2,4,8]", w="f32[2,8,8]")
     assert batched == "matmul multiplies [2, 4, 8] by [2, 8, 8]; the template takes rows by a matrix of known sizes"
 
@@ -318,6 +355,7 @@ def test_it_is_planned_by_price() -> None:
     """Weights of eight bits are not widened in memory; plain products stay the vendor's where they keep it busy, and are never alone."""
     few, many = Sizes(1, 4096, 4096, 64), Sizes(8192, 4096, 4096, 64)
     assert regions(graph("alone", "bf16", few)) == ["product(int8_linear)"]
+    assert regions(graph("packed", "bf16", few)) == ["product(int4_linear)"]
     assert regions(graph("activated", "bf16", few)) == ["product(int8_linear, add, _to_copy, gelu, mul)"]
     assert regions(graph("gated", "bf16", few)) == ["product(silu, mul, int8_linear)"]
     assert regions(graph("linear", "bf16", few)) == ["product(linear, relu)"]
@@ -333,16 +371,20 @@ def test_price() -> None:
     (plain,) = fusion().plan(graph("alone", "bf16", at)).regions
     assert plain.cost.bytes_moved == 4096 * 4096 + 4096 * 64 * 4 + 2 * 4096 * 3
     assert (plain.cost.flops, plain.cost.launches) == (2 * 4096 * 4096, 1)
+    (packed,) = fusion().plan(graph("packed", "bf16", at)).regions
+    assert plain.cost.bytes_moved - packed.cost.bytes_moved == 4096 * 4096 // 2
+    assert packed.cost.seconds < plain.cost.seconds
     (fused,) = fusion().plan(graph("without bias", "bf16", at)).regions
     assert (fused.cost.bytes_moved, fused.cost.flops - plain.cost.flops) == (plain.cost.bytes_moved, 4096)
     assert 0 < fused.cost.seconds - plain.cost.seconds < 1e-9
 
 
-def test_a_model_with_rounded_weights() -> None:
-    """Every product whose weights have eight bits is a kernel, with the activation and the residual that follow it."""
-    after = apply_choice(RULE, transformer(ModelSizes(2, 9, width=32)), MODEL, "int8")
+@pytest.mark.parametrize(("rule", "knob"), [(int8.RULE, "int8"), (int4.RULE, 32)])
+def test_a_model_with_rounded_weights(rule: Rule, knob: Knob) -> None:
+    """Every product whose weights have eight or four bits is a kernel, with the activation and the residual that follow it."""
+    after = apply_choice(rule, transformer(ModelSizes(2, 9, width=32)), MODEL, knob)
     plan = fusion().plan(after)
-    rounded = [node for node in after.calls if is_op(node, "int8_linear")]
+    rounded = [node for node in after.calls if is_op(node, f"{rule.name}_linear")]
     inside = [node for fused in plan.regions for node in fused.region.nodes if node in rounded]
     assert sorted(inside) == rounded
     assert any(len(fused.region.nodes) > 1 for fused in plan.regions if fused.region.template == "product")
@@ -356,7 +398,10 @@ def test_a_model_with_rounded_weights() -> None:
 def test_no_spills() -> None:
     """A few at a size that models have, without a GPU."""
     many, one = Sizes(2048, 1024, 4096, 16), Sizes(1, 1024, 4096, 16)
-    chosen = (("activated", many), ("gated", one), ("packed gate", many), ("sliced gate", many), ("packed gate", one))
+    chosen = (
+        *(("activated", many), ("gated", one), ("packed gate", many), ("sliced gate", many), ("packed gate", one)),
+        *(("packed activated", Sizes(2048, 1024, 4096, 8)), ("gate of four bits", Sizes(1, 1024, 4096, 8))),
+    )
     check_compiled([kernel(graph(kind, "bf16", at), place) for place, (kind, at) in enumerate(chosen)])
 
 
