@@ -17,9 +17,15 @@ from paretorch.ir.ops.tokens import match_of
 def match_tokens(walk: Walk, node: Node) -> list[Dims]:
     """kept[B, T - r], source[B, r], target[B, r] from metric[B, T, D] or weight[B, T]: the length of what is kept depends on that of the tokens."""
     batch, tokens = walk.dims(node.args[0])[:2]  # type: ignore[arg-type]
-    kept, source, _ = walk.type(node).items
+    kept, source = walk.type(node).items[:2]
     merged = walk.one(node, source.shape[1])
     return [[batch, walk.one(node, kept.shape[1], tokens)], [batch, merged], [batch, merged]]
+
+
+def match_above(walk: Walk, node: Node) -> list[Dims]:
+    """As match_tokens, and a map along the tokens."""
+    batch, tokens = walk.dims(node.args[0])[:2]  # type: ignore[arg-type]
+    return [*match_tokens(walk, node), [batch, tokens]]
 
 
 def merge_tokens(walk: Walk, node: Node) -> list[Dims]:
@@ -41,6 +47,11 @@ def source_map(walk: Walk, node: Node) -> Dims:
         return walk.dims(match.args[0])[:2]  # type: ignore[arg-type]
     batch, rows = walk.dims(kept)
     return [batch, walk.one(node, walk.shape(node)[1], rows)]
+
+
+def follow_map(walk: Walk, node: Node) -> Dims:
+    """Along the tokens of the earlier map."""
+    return walk.dims(node.args[1])  # type: ignore[arg-type]
 
 
 def unmerge_tokens(walk: Walk, node: Node) -> Dims:
@@ -128,7 +139,8 @@ def unfold_frames(walk: Walk, node: Node) -> Dims:
 
 
 TOKEN_RULES: dict[str, Callable[[Walk, Node], Any]] = {
-    "match_tokens": match_tokens, "merge_tokens": merge_tokens, "source_map": source_map, "weigh_tokens": weigh_tokens,
+    "match_tokens": match_tokens, "match_above": match_above, "merge_tokens": merge_tokens, "source_map": source_map,
+    "follow_map": follow_map, "weigh_tokens": weigh_tokens,
     "class_weights": class_weights, "places_among": places_among, "unmerge_tokens": unmerge_tokens, "match_to_places": match_to_places,
     "assign_tokens": assign_tokens, "merge_by_map": merge_by_map, "unmerge_by_map": unmerge_by_map, "fold_frames": fold_frames,
     "unfold_frames": unfold_frames,

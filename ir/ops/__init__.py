@@ -17,6 +17,7 @@ from paretorch.ir.ops import (
     shape,
     token_choice,
     token_context,
+    token_ragged,
     tokens,
 )
 from paretorch.ir.ops.table import OPS, Missing, Op, OpTemplate, RowText, aten, define, is_op, op_of, row
@@ -26,6 +27,7 @@ TOKEN_OPS: tuple[str, ...] = (
     *tokens.SCHEMAS,
     *token_choice.SCHEMAS,
     *token_context.SCHEMAS,
+    *token_ragged.SCHEMAS,
     *restore.SCHEMAS,
     *scoped.SCHEMAS,
     *clips.SCHEMAS,
@@ -44,4 +46,4 @@ __all__ += [
     "quantized",
     "reduce",
 ]
-__all__ += ["restore", "scalar", "scoped", "shape", "token_choice", "token_context", "tokens"]
+__all__ += ["restore", "scalar", "scoped", "shape", "token_choice", "token_context", "token_ragged", "tokens"]

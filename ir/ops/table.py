@@ -66,6 +66,8 @@ AXES: dict[str, str] = {  # how the axes of operands become those of the result;
     "source_map": "see `paretorch.ir.ops.tokens`",
     "weigh_tokens": "see `paretorch.ir.ops.tokens`",
     "class_weights": "see `paretorch.ir.ops.token_choice`",
+    "match_above": "see `paretorch.ir.ops.token_ragged`",
+    "follow_map": "see `paretorch.ir.ops.token_ragged`",
     "places_among": "see `paretorch.ir.ops.token_context`",
     "unmerge_tokens": "see `paretorch.ir.ops.restore`",
     "match_to_places": "see `paretorch.ir.ops.scoped`",

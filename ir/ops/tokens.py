@@ -41,18 +41,22 @@ HIDDEN = -1e30  # the bias of a token of size 0: no weight beside any real token
 
 def match_tokens(metric: Tensor, size: Tensor | None, count: Any, protected: int) -> tuple[Tensor, Tensor, Tensor]:
     """kept: i64[B,T-r], source and target: i64[B,r]; see the card of this module. Needs 0 < count <= (T - protected) // 2."""
-    unit = F.normalize(metric[:, protected:].to(torch.promote_types(metric.dtype, torch.float32)), dim=-1, eps=1e-6)
-    cosine = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)
-    if size is not None:
-        cosine = cosine.masked_fill((size[:, protected + 1 :: 2] == 0)[:, None, :], -torch.inf)
-    best, partner = cosine.max(-1)
-    if size is not None:
-        best = best.masked_fill(size[:, protected::2] == 0, torch.inf)
+    best, partner = best_partners(metric, size, protected)
     strongest = in_order(best)[:, :count]
     chosen = torch.sort(strongest, dim=1)[0]
     source = protected + 2 * chosen
     joined = protected + 1 + 2 * partner.gather(1, chosen)
     return moved(source, joined, metric.shape[1])
+
+
+def best_partners(metric: Tensor, size: Tensor | None, protected: int) -> tuple[Tensor, Tensor]:
+    """For each token of the first half the largest cosine with one of the second, infinite for padding, and which of the second that is."""
+    unit = F.normalize(metric[:, protected:].to(torch.promote_types(metric.dtype, torch.float32)), dim=-1, eps=1e-6)
+    cosine = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)
+    if size is not None:
+        cosine = cosine.masked_fill((size[:, protected + 1 :: 2] == 0)[:, None, :], -torch.inf)
+    best, partner = cosine.max(-1)
+    return best if size is None else best.masked_fill(size[:, protected::2] == 0, torch.inf), partner
 
 
 def in_order(value: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ def weigh_tokens(x: Tensor, size: Tensor, token_dim: int, batch_dims: Sequence[i
 def is_match(node: Node | None) -> bool:
     """Whether a node chooses which tokens go and where: it begins the axis of those that are kept, or of those that a map leads to."""
     op = op_of(node) if node is not None else None
-    return op is not None and op.axes in ("match_tokens", "match_to_places", "assign_tokens")
+    return op is not None and op.axes in ("match_tokens", "match_above", "match_to_places", "assign_tokens")
 
 
 def is_reduction(node: Node) -> bool:
