@@ -17,6 +17,7 @@ from paretorch.ir.protocols import Executable
 from paretorch.metrics import CorpusMetric
 from paretorch.spread import running_plan
 
+CALIBRATION_SAMPLES = 64  # on which rules measure values of their knobs
 FIRST_LOOK = 128  # samples after which a plan may be found clearly within the budget, or clearly not
 
 
@@ -75,6 +76,12 @@ class Judge:
             return float(self._losses(items, [self._record(execute, item) for item in items]).mean())
         with torch.no_grad():
             return _mean_drift(execute, self.probe(samples))
+
+    def inputs(self) -> list[tuple[Any, ...]]:
+        """Flat inputs of the first ranking batches, on which rules measure their values; the example where only the user's own loop can run those."""
+        if self.budget.evaluate is not None:
+            return [tuple(self.program.example)]
+        return [batch.inputs for batch in _first(self.split.ranking, CALIBRATION_SAMPLES)]
 
     def probe(self, samples: int) -> list[tuple[tuple[Tensor, ...], tuple[Any, ...], int]]:
         """(inputs, outputs of the original, count) of the first ranking batches: what `drift_of` needs in another process."""

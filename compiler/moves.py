@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from paretorch.plan import Choice, Knob
 from paretorch.problem import Problem
 from paretorch.rewrites.apply import Candidate
-from paretorch.rewrites.rule import MODEL
-from paretorch.savings import Pricing, Savings
+from paretorch.rewrites.rule import MODEL, level
+from paretorch.savings import Pricing, Savings, levels
 
 PROBE_SAMPLES = 16
 GROUP = 8  # sites that are measured together, so that an executor has something to spread
@@ -28,7 +28,7 @@ Priced = list[tuple[Knob, float]]  # a knob's values with the seconds that they 
 class Move:
     """One lossy choice with what it does alone. saved: predicted seconds; drift: measured, or scaled from what was.
 
-    kin: equal for moves of one rule that offers the same values, whatever their place.
+    kin: equal for moves of one rule that offers values of the same levels, whatever their place.
     """
 
     choice: Choice
@@ -62,7 +62,7 @@ def measure_moves(problem: Problem, base_seconds: float) -> list[Move]:
 
 
 def _kin(candidate: Candidate) -> Hashable:
-    return candidate.rule.name, candidate.knobs
+    return candidate.rule.name, levels(candidate)
 
 
 def _to_measure(candidate: Candidate, knobs: Priced, curves: dict[Hashable, dict[Knob, float]]) -> list[Choice]:
@@ -91,12 +91,12 @@ def _moves(
     if middle not in known:
         return []
     if not curve:
-        curve |= known
+        curve |= {level(knob): drift for knob, drift in known.items()}
     found = []
     for knob, saved in knobs:
         if isinstance(measured.get(knob), str):
             continue
-        drift = known[knob] if knob in known else _scaled(known[middle], curve, middle, knob, saved / most)
+        drift = known[knob] if knob in known else _scaled(known[middle], curve, level(middle), level(knob), saved / most)
         found.append(Move(_choice(candidate, knob), saved, drift, _kin(candidate)))
         problem.record("not taken", found[-1].choice, "other choices save more for the same loss", saved, drift)
     return found

@@ -19,7 +19,7 @@ from paretorch.ir.errors import BudgetError, CaptureError, InputError
 from paretorch.islands import optimize_islands
 from paretorch.optimized import Optimized
 from paretorch.rewrites import RULES, rules_named
-from paretorch.rewrites.apply import propose
+from paretorch.rewrites.apply import calibrated, propose
 from paretorch.rewrites.normalize import normalize
 from paretorch.rewrites.rule import Rule
 from paretorch.session import Session, open_session
@@ -79,6 +79,8 @@ def optimize(
     with stages("propose"):
         candidates, refusals = propose(session.exact, facts, session.lossy)
         session.refuse(refusals)
+        if session.judge is not None:
+            candidates = calibrated(candidates, session.exact, session.judge.inputs())
     session.exact_result = settle_exact(session)
     session.measure_reduced(candidates)
     session.search(candidates)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from paretorch.ir.errors import ParetorchError
 from paretorch.plan import Choice, Knob
 from paretorch.rewrites.apply import Candidate
+from paretorch.rewrites.rule import level
 
 FEWEST = 4  # sites or values of which some are not priced
 Row = list[tuple[Knob, float]]
@@ -37,7 +38,7 @@ class Savings:
     def __init__(self, candidates: Sequence[Candidate], pricing: Pricing) -> None:
         self._pricing = pricing
         self._groups: dict[Hashable, list[Candidate]] = {}
-        self._keys = {id(candidate): (candidate.rule.name, candidate.knobs, pricing.alike(candidate)) for candidate in candidates}
+        self._keys = {id(candidate): (candidate.rule.name, levels(candidate), pricing.alike(candidate)) for candidate in candidates}
         for candidate in candidates:
             self._groups.setdefault(self._keys[id(candidate)], []).append(candidate)
         self._lines: dict[Hashable, dict[int, Row] | None] = {}
@@ -56,7 +57,8 @@ class Savings:
         right = next((place for place in places[1:] if place >= following), places[-1])
         left = places[places.index(right) - 1]
         share = (following - left) / (right - left)
-        return [(knob, low + share * (high - low)) for (knob, low), (_, high) in zip(line[left], line[right], strict=True)], ""
+        own = dict(zip(levels(candidate), candidate.knobs, strict=True))
+        return [(own[level(knob)], low + share * (high - low)) for (knob, low), (_, high) in zip(line[left], line[right], strict=True)], ""
 
     def _line(self, group: Sequence[Candidate]) -> dict[int, Row] | None:
         """Savings of some of these sites, by the number of sites that follow in the short graph; None if they are too few, or not alike after all."""
@@ -64,13 +66,18 @@ class Savings:
         if len(group) < FEWEST or len(kept) < FEWEST:
             return None
         rows = {len(kept) - 1 - place: _priced(kept[place], self._pricing.saved_in_short)[0] for place in _some(len(kept))}
-        kinds = {tuple(knob for knob, _ in row) for row in rows.values()}
+        kinds = {tuple(level(knob) for knob, _ in row) for row in rows.values()}
         return rows if len(kinds) == 1 and () not in kinds else None
+
+
+def levels(candidate: Candidate) -> tuple[Knob, ...]:
+    """What its values have in common with those of the same rule at other places."""
+    return tuple(level(knob) for knob in candidate.knobs)
 
 
 def _priced(candidate: Candidate, saved: Callable[[Choice], float]) -> tuple[Row, str]:
     knobs, reason = candidate.knobs, ""
-    are_numbers = all(isinstance(knob, (int, float)) for knob in knobs)
+    are_numbers = all(isinstance(number, (int, float)) for number in levels(candidate))
     priced: dict[int, float] = {}
     for place in _some(len(knobs)) if len(knobs) >= FEWEST and are_numbers else range(len(knobs)):
         try:
@@ -87,12 +94,12 @@ def _some(count: int) -> tuple[int, ...]:
 
 def _between(priced: dict[int, float], knobs: Sequence[Knob]) -> Row:
     """(knob, saving) of the values from the first priced to the last, linear between those that were."""
-    places = sorted(priced)
+    places, numbers = sorted(priced), [level(knob) for knob in knobs]
     found = []
     for place, knob in enumerate(knobs):
         left, right = max((p for p in places if p <= place), default=None), min((p for p in places if p >= place), default=None)
         if left is None or right is None:
             continue
-        share = (float(knob) - float(knobs[left])) / (float(knobs[right]) - float(knobs[left])) if right > left else 0.0  # type: ignore[arg-type]
+        share = (float(numbers[place]) - float(numbers[left])) / (float(numbers[right]) - float(numbers[left])) if right > left else 0.0  # type: ignore[arg-type]
         found.append((knob, priced[left] + share * (priced[right] - priced[left])))
     return found

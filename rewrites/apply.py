@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from torch import Tensor
 from torch.fx import Node
 
 from paretorch.ir.analyze import Facts, analyze
@@ -95,9 +96,25 @@ def propose(graph: Graph, facts: Facts, rules: Iterable[Rule]) -> tuple[list[Can
         sites, refused = sites_of(rule, graph, facts)
         refusals += refused
         for site in sites:
-            values = site.values if site.values is not None else rule.knobs
-            candidates.append(Candidate(rule, site, tuple(value for value in values if value != rule.knobs[0])))
+            candidates.append(_candidate(rule, site))
     return candidates, refusals
+
+
+def _candidate(rule: Rule, site: Site) -> Candidate:
+    values = site.values if site.values is not None else rule.knobs
+    return Candidate(rule, site, tuple(value for value in values if value != rule.knobs[0]))
+
+
+def calibrated(candidates: Iterable[Candidate], graph: Graph, batches: Sequence[Sequence[Tensor]]) -> list[Candidate]:
+    """The candidates on this graph, those of rules that measure their values with values for these inputs. batches: of its flat inputs."""
+    known = list(candidates)
+    for rule in dict.fromkeys(candidate.rule for candidate in known):
+        if rule.calibrate is None:
+            continue
+        own = [place for place, candidate in enumerate(known) if candidate.rule is rule]
+        for place, site in zip(own, rule.calibrate(graph, [known[place].site for place in own], batches), strict=True):
+            known[place] = _candidate(rule, site)
+    return known
 
 
 def nearest_miss(rule: Rule, graph: Graph) -> Miss | None:

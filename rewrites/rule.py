@@ -7,9 +7,11 @@ Sites of an exact rule read the graph alone and get empty facts, so that no anal
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from paretorch.ir.analyze import Facts
 from paretorch.ir.graph import Graph
@@ -20,6 +22,14 @@ FAMILIES = ("block_fusion", "token_merging", "layer_skipping", "sparse_attention
 PROPERTIES = ("positions", "token_count", "grid", "batch_independence", "cache", "heads")
 
 Knob = int | float | str | None
+
+
+def level(knob: Knob) -> Knob:
+    """The number that a value is or begins with, by which values that were measured for different places compare; else the value itself."""
+    try:
+        return float(knob.split()[0]) if isinstance(knob, str) else knob
+    except ValueError:
+        return knob
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ class Refusal:
 class Rule:
     """name: verb_object, or the published name. saves: what shrinks ("flops", "bytes", "launches", "memory").
 
+    calibrate: (graph, sites, batches of its flat inputs) -> the same sites with values that were measured on these, as many of the same levels.
     shares_inner: whether inner values of a local match may have users outside of it; those then stay computed beside the replacement.
     """
 
@@ -82,6 +93,7 @@ class Rule:
     replacement: Callable[..., Any] | None = None
     sites: Callable[[Graph, Facts], Iterable[Site | Refusal]] | None = None
     rewrite: Callable[[Graph, Site, Knob], Graph] | None = None
+    calibrate: Callable[[Graph, Sequence[Site], Sequence[Sequence[Tensor]]], Sequence[Site]] | None = None
     shares_inner: bool = False
     reads: frozenset[str] = field(default_factory=frozenset)
     invalidates: frozenset[str] = field(default_factory=frozenset)

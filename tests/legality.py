@@ -35,6 +35,7 @@ OTHER_BATCHES = (1, 7)
 TOGETHER = 6  # sites of one rule that are taken at once
 EXACT = 1e-4  # relative, in f32: rounding of sums in another order, through two layers
 PARITY = 1e-6  # relative, in f64: equal tokens merged
+MATCHES, MERGES = ("match_tokens", "match_above"), ("merge_tokens", "merge_ragged")
 ALONE = 1e-9  # relative, in f64: a row of a batch against the same row beside others
 
 
@@ -245,7 +246,7 @@ def parity(subject: Subject, after: Graph) -> Iterator[str]:
     Both graphs run in float64 with the value that is merged, and the metric of the match, replaced: the pairs to merge are equal there. Where
     attention gives equal tokens different results, by their places, and these are brought down, the original's are averaged over each pair.
     """
-    matches, merges = ([node for node in after.calls if is_op(node, name)] for name in ("match_tokens", "merge_tokens"))
+    matches, merges = ([node for node in after.calls if is_op(node, *names)] for names in (MATCHES, MERGES))
     brought_down = {merge for node in after.calls if is_op(node, "attention", "local_attention") for merge in lowered_by(node)}
     streams = [
         merge for merge in merges
@@ -254,9 +255,9 @@ def parity(subject: Subject, after: Graph) -> Iterator[str]:
     if len(matches) != 1 or len(streams) != 1:
         return
     metric, _, count, protected = matches[0].args[:4]
-    value, chance = streams[0].args[0], torch.Generator().manual_seed(3)
+    value = streams[0].args[0]
     rows = Overridden(doubled(subject.graph), {}).value_of(value.name, subject.unpadded)
-    near = torch.randn(rows.shape[0], rows.shape[1], 8, dtype=torch.float64, generator=chance)
+    near = torch.eye(rows.shape[1], dtype=torch.float64).repeat(rows.shape[0], 1, 1)  # all others are as unlike as can be
     pairs = range(protected, protected + 2 * count, 2)
     for place in pairs:
         for tokens in (rows, near):

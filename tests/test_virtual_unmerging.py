@@ -25,7 +25,7 @@ from tests.zoo import Block
 EXACT = {"rtol": 0.0, "atol": 1e-10}  # float64: the same function, other orders of summation
 TOKENS, PAIRS = 9, 4  # the first token is read by place; those behind it are equal in pairs
 KINDS = ("turned", "biased", "near", "added")
-RULES = {"tome": PAIRS, "pitome": 0.5, "tofu": 0.5}  # what takes four of eight
+RULES = {"tome": PAIRS, "pitome": 0.5, "tofu": 0.5, "dymu": "0.5 above 0.9999"}  # what takes four of eight
 
 
 class Placed(nn.Module):

@@ -37,7 +37,8 @@ class Reducer:
     indices: kept, source and target of its match, where a token that is dropped has as target the one that stands for it. The functions emit
     through a builder. rows: rows of the stream [B,T,C] -> a node of ([B,T',C], size [B,T']);
     weights: other numbers of each token [B,T,D] -> [B,T',D], their average as the sizes weigh it; back: (rows [B,T',C], map [B,T]) -> [B,T,C];
-    front: rows [B,T',C] -> [B,p,C], the leading tokens of each frame, where frames were folded.
+    front: rows [B,T',C] -> [B,p,C], the leading tokens of each frame, where frames were folded; places: i64[B,T], which row each token is part of,
+    where the match says so itself.
     """
 
     indices: tuple[Node, Node, Node]
@@ -45,6 +46,13 @@ class Reducer:
     weights: Callable[[Builder, Node], Node]
     back: Callable[[Builder, Node, Node], Node] = lambda at, rows, places: at.unmerge_tokens(rows, places)
     front: Callable[[Builder, Node], Node] = lambda at, rows: rows
+    places: Node | None = None
+
+    def map(self, at: Builder, previous: Node | None = None) -> Node:
+        """i64[B,T], the row that each token is part of; after an earlier map for each token that this one began with."""
+        if self.places is None:
+            return at.source_map(*self.indices, previous) if previous is not None else at.source_map(*self.indices)
+        return self.places if previous is None else at.follow_map(self.places, previous)
 
 
 def merging(b: Builder, match: Node, size: Node | None) -> Reducer:
@@ -72,13 +80,12 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     """
     value = place.value
     b = Builder(graph, value.next, origin=value.meta.get("origin"), rule=rule, site=place.mixer.name)
-    sizes = size_behind(b, place.mixer) if place.virtual else sizes_before(b, place.mixer)
-    reducer = emit(b, sizes)
+    reducer = emit(b, sizes_of(b, place))
     reduced = reducer.rows(b, rows_of(b, value, place.layout))
     rows = b.item(reduced, 0)
     fewer = restored(b, rows, value, place.layout, place.fold)
     size = b.item(reduced, 1)
-    compose(graph, axes, place, b, reducer.indices)
+    compose(graph, axes, place, b, reducer.map)
     for node in place.downstream:
         node.replace_input_with(value, fewer)
     seams = open_seams(graph, axes, place)
@@ -92,7 +99,7 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
     close_seams(graph, axes, place, [seam for seam in seams if seam.front], b, reducer.front)
     whole = [seam for seam in seams if not seam.front]
     if whole:
-        places = b.source_map(*reducer.indices)
+        places = reducer.map(b)
         close_seams(graph, axes, place, whole, b, lambda at, rows: reducer.back(at, rows, places))
     return graph.clean()
 
@@ -100,6 +107,11 @@ def reduce_at(graph: Graph, axes: AxisFacts, place: Place, rule: str, emit: Call
 def is_silent(reduction: Node) -> bool:
     """Whether all sizes are one behind a reduction, so that nobody needs them."""
     return is_op(reduction, "keep_tokens") and arguments(reduction)["size"] is None
+
+
+def sizes_of(b: Builder, place: Place) -> Node | None:
+    """The sizes of the tokens at a place, T[B,T]; None if all are one."""
+    return size_behind(b, place.mixer) if place.virtual else sizes_before(b, place.mixer)
 
 
 def sizes_before(b: Builder, mixer: Node) -> Node | None:

@@ -25,7 +25,7 @@ from paretorch.rewrites.token_merging.clips import Clips, clips_of, needs_frames
 from paretorch.rewrites.token_merging.frames import Frames, frames_of
 from paretorch.rewrites.token_merging.reach import Cut, Reach, Start, reach_of
 from paretorch.rewrites.token_merging.rows import Layout, layout_of
-from paretorch.rewrites.token_merging.selections import leading_tokens, read_tokens, selected
+from paretorch.rewrites.token_merging.selections import leading_tokens, maxima, read_tokens, selected
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Place:
     cuts: where the tokens are brought back; read: the places of those of the leading tokens that the model reads one by one;
     room: as largest, for what need not leave half of them; frames: what tells that the tokens are frames, if anything does;
     clips: which rows of the batch are folded into one, if any are (all numbers are of tokens in one row before that); lowered: the values of all
-    tokens that are brought down for what of `downstream` reads them; virtual: whether the mixer is such an attention."""
+    tokens that are brought down for what of `downstream` reads them; virtual: whether the mixer is such an attention; maxima: what of
+    `downstream` takes the largest or the least of its rows."""
 
     mixer: Node
     value: Node
@@ -52,6 +53,7 @@ class Place:
     clips: Clips | None = None
     lowered: tuple[Node, ...] = ()
     virtual: bool = False
+    maxima: tuple[Node, ...] = ()
 
     @property
     def fold(self) -> int:
@@ -90,10 +92,11 @@ def find_place(graph: Graph, facts: Facts, axis: TokenAxis, name: str, folds: bo
     protected, read = leading_tokens(graph, facts.axes, axis, downstream), read_tokens(graph, facts.axes, axis, downstream)
     room = min([atom.size - protected - 1, *(_slack(node) for node in reach.merged if is_match(node))])
     largest, frames = min((atom.size - protected) // 2, room), frames_of(graph, facts.axes, axis)
-    virtual = bool(lowered_by(mixer))
+    virtual, extremes = bool(lowered_by(mixer)), maxima(graph, facts.axes, axis, reach.merged)
     return Place(
-        mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames, clips, reach.lowered, virtual
-    )
+        mixer, value, axis, layout, batch, protected, reach.merged, largest, reach.cuts, read, room, frames, clips, reach.lowered, virtual,
+        extremes,
+    )  # fmt: skip
 
 
 def named(node: Node) -> str:

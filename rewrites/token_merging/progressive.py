@@ -44,9 +44,8 @@ class Step:
     depth: float
 
     def metric(self) -> Node:
-        """What tells which tokens are alike, T[B,T,D]: the mean over heads of the attention's keys."""
-        rows = self.b.mean(arguments(self.place.mixer)["key"], [1])
-        return brought_down_as(self.b, self.place.mixer, rows) if self.place.virtual else rows
+        """What tells which tokens are alike, see `metric_of`."""
+        return metric_of(self.b, self.place)
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,12 @@ class Technique:
     def values(self) -> tuple[Knob, ...]:
         """All values of the knob, the identity first."""
         return (self.identity, *(value for form in self.forms for value in form[1:]))
+
+
+def metric_of(b: Builder, place: Place) -> Node:
+    """What tells which tokens are alike at a place, T[B,T,D]: the mean over heads of the attention's keys."""
+    rows = b.mean(arguments(place.mixer)["key"], [1])
+    return brought_down_as(b, place.mixer, rows) if place.virtual else rows
 
 
 def count_of_share(share: Knob, tokens: int) -> int:
@@ -107,7 +112,7 @@ def offer(technique: Technique, graph: Graph, facts: Facts) -> Iterator[Site | R
 def _sites(technique: Technique, graph: Graph, axes: AxisFacts, place: Place) -> list[Site] | str:
     """One site for each form with the values that take a noticeable part of the tokens, and not more than may go; a sentence if there is none."""
     size, protected, label = place.axis.atom.size, place.protected, origin_of(place.mixer).path or place.mixer.name
-    free, largest = _free(graph, axes, place), technique.largest(place)
+    free, largest = free_tokens(graph, axes, place), technique.largest(place)
     found = []
     for identity, *values in technique.forms:
         first: dict[int, Knob] = {}
@@ -142,14 +147,8 @@ def shorten(technique: Technique, graph: Graph, site: Site, knob: Knob) -> Graph
         return graph
     graph = graph.copy()
     facts = analyze(graph)
-    axis = next((axis for axis in facts.axes.tokens if site.name in axis.mixers), None)
-    if axis is None:
-        raise PlanError(f"{technique.name}: no self-attention is named {site.name} here; an earlier rewrite took it out or changed it")
-    place = find_place(graph, facts, axis, site.name, technique.folds)
-    refusal = place if isinstance(place, str) else technique.refuse(place)
-    if isinstance(place, str) or refusal:
-        raise PlanError(f"{technique.name} at {site.name}: {refusal}")
-    whole = _free(graph, facts.axes, place)
+    place = place_at(technique, graph, facts, site)
+    whole = free_tokens(graph, facts.axes, place)
     count = min(technique.count(knob, whole), technique.largest(place))
     if count <= 0:
         return graph
@@ -159,7 +158,19 @@ def shorten(technique: Technique, graph: Graph, site: Site, knob: Knob) -> Graph
     )
 
 
-def _free(graph: Graph, axes: AxisFacts, place: Place) -> int:
+def place_at(technique: Technique, graph: Graph, facts: Facts, site: Site) -> Place:
+    """The place that a site names. Raises PlanError if it is gone or the technique is not legal there."""
+    axis = next((axis for axis in facts.axes.tokens if site.name in axis.mixers), None)
+    if axis is None:
+        raise PlanError(f"{technique.name}: no self-attention is named {site.name} here; an earlier rewrite took it out or changed it")
+    place = find_place(graph, facts, axis, site.name, technique.folds)
+    refusal = place if isinstance(place, str) else technique.refuse(place)
+    if isinstance(place, str) or refusal:
+        raise PlanError(f"{technique.name} at {site.name}: {refusal}")
+    return place
+
+
+def free_tokens(graph: Graph, axes: AxisFacts, place: Place) -> int:
     """How many tokens the model begins with that are not read by place: what shares are of, in whichever order steps are put in."""
     return (int(whole_of(graph, axes, place.axis.atom).size) - place.protected) * place.fold
 

@@ -27,10 +27,20 @@ def whole_of(graph: Graph, axes: AxisFacts, atom: Atom) -> Atom:
 
 def selections(graph: Graph, axes: AxisFacts, axis: TokenAxis, downstream: Iterable[Node]) -> list[Node]:
     """The nodes downstream that select tokens by place, however many of them are left there or brought back."""
-    whole = whole_of(graph, axes, axis.atom)
-    same = [other for other in axes.tokens if whole_of(graph, axes, other.atom) == whole]
-    names = {use.node for other in same for use in other.uses if use.kind == "selects"}
+    names = {use.node for other in _family(graph, axes, axis) for use in other.uses if use.kind == "selects"}
     return [node for node in downstream if node.name in names]
+
+
+def _family(graph: Graph, axes: AxisFacts, axis: TokenAxis) -> list[TokenAxis]:
+    """The axes of the same tokens, however many of them are left."""
+    whole = whole_of(graph, axes, axis.atom)
+    return [other for other in axes.tokens if whole_of(graph, axes, other.atom) == whole]
+
+
+def maxima(graph: Graph, axes: AxisFacts, axis: TokenAxis, downstream: Iterable[Node]) -> tuple[Node, ...]:
+    """The nodes downstream that take the largest or the least over these tokens, or over what later steps leave of them."""
+    names = {use.node for other in _family(graph, axes, axis) for use in other.uses if use.kind == "pools"}
+    return tuple(node for node in downstream if node.name in names and is_op(node, "amax", "amin", "max_dim"))
 
 
 def leading_tokens(graph: Graph, axes: AxisFacts, axis: TokenAxis, downstream: Iterable[Node]) -> int:

@@ -70,8 +70,8 @@ def close_seams(
         settle(graph, whole)
 
 
-def compose(graph: Graph, axes: AxisFacts, place: Place, b: Builder, indices: Sequence[Node]) -> None:
-    """Let what brings back tokens of an earlier merge, and reads rows that are merged now, follow both maps."""
+def compose(graph: Graph, axes: AxisFacts, place: Place, b: Builder, follow: Callable[[Builder, Node], Node]) -> None:
+    """Let what brings back tokens of an earlier merge, and reads rows that are merged now, follow both maps. follow: (builder, that map) -> both."""
     composed: dict[Node, Node] = {}
     for node in place.downstream:
         if not is_op(node, "unmerge_tokens"):
@@ -80,5 +80,5 @@ def compose(graph: Graph, axes: AxisFacts, place: Place, b: Builder, indices: Se
         if axes.dim(x.name, place.axis.atom) is None:
             continue
         if places not in composed:
-            composed[places] = Builder(graph, node, origin=b.origin, rule=b.rule, site=b.site).source_map(*indices, places)
+            composed[places] = follow(Builder(graph, node, origin=b.origin, rule=b.rule, site=b.site), places)
         node.args = (x, composed[places])
