@@ -37,6 +37,7 @@ from paretorch.ir.graph import Graph
 from paretorch.ir.ops import op_of
 from paretorch.ir.protocols import Cost
 from paretorch.rewrites.normalize.count_keys import count_keys
+from paretorch.rewrites.normalize.count_rows import count_rows
 from paretorch.rewrites.normalize.read_pages import read_pages
 
 RUNTIME = "triton"
@@ -124,10 +125,10 @@ class Fusion:
         self._forms: WeakKeyDictionary[Graph, dict[Any, Graph | None]] = WeakKeyDictionary()
 
     def form(self, graph: Graph) -> Graph:
-        """The graph as kernels read it: masks that count keys are numbers, keys gathered from pages are read through their table."""
+        """The graph as kernels read it: masks that count keys, and packed rows, are numbers; keys gathered from pages are read through their table."""
         kept, key = self._forms.setdefault(graph, {}), (graph.edits, len(graph.fx.nodes))
         if key not in kept:
-            found = read_pages(count_keys(graph))
+            found = read_pages(count_rows(count_keys(graph)))
             kept[key] = found if found is not graph else None  # which would keep itself
         return kept[key] or graph
 
