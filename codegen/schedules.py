@@ -93,15 +93,20 @@ PRODUCT_BLOCKS = {  # (rows, columns, along K, warps, stages), from wide to narr
     ),
     ("half", "few"): ((16, 64, 64, 4, 5), (16, 32, 64, 4, 4), (16, 16, 64, 2, 8)),
     ("full", "many"): ((32, 32, 32, 4, 3), (32, 16, 32, 4, 3)),
-    ("full", "few"): ((16, 32, 32, 4, 4), (16, 16, 32, 2, 4)),
+    ("full", "few"): ((16, 32, 32, 8, 4), (16, 16, 32, 2, 4)),
 }  # fmt: skip
+GATE_BLOCKS = {  # of a program with two sums, each of so many columns
+    ("half", "many"): ((128, 64, 64, 8, 3), (64, 64, 64, 4, 3), (64, 32, 64, 4, 3), (32, 16, 64, 4, 3)),
+    ("half", "few"): ((16, 32, 64, 4, 5), (16, 16, 64, 2, 8)),
+    ("full", "many"): ((32, 16, 32, 4, 3),),
+    ("full", "few"): ((16, 16, 32, 2, 4),),
+}
 OF_A_UNIT = {"many": 1, "few": 2}  # programs that keep one busy: where they wait for memory two
 CHIP = {form: 132 * programs for form, programs in OF_A_UNIT.items()}  # programs that fill one: of the 132 units of an H100
 BESIDE_SCALED = (
     3  # for each sum that of a group, and room for its scales: the widest blocks spilled in f16 on sm_90, two sums in bf16 on sm_80
 )
 HELD_BESIDE = 256  # numbers of a thread for sums and what is computed of them
-LEAST_COLUMNS = 16  # of a block: what a product of blocks takes
 MOST_SPLITS, LEAST_STEPS = 16, 4  # parts of K; blocks along K of a part, so that there is something to load ahead
 
 
@@ -111,13 +116,12 @@ def product_schedules(
     """The block sizes of a product that fit, the best first: the widest whose programs fill a chip, or else the narrowest.
 
     None of them where too much is held. rows: None if they vary; length: of a group of K, which a block does not go beyond; held: values of an
-    element that are held at once; sums: how many a program takes, all of which share a block's columns.
+    element that are held at once; sums: how many a program takes, one or two.
     """
     precision, form = "half" if itemsize < 4 else "full", "few" if rows is not None and rows <= FEW_ROWS else "many"
     found: list[Schedule] = []
     filling: list[Schedule] = []
-    blocks = {(high, max(wide // sums, LEAST_COLUMNS)): others for high, wide, *others in PRODUCT_BLOCKS[precision, form]}
-    for (block_rows, block_columns), (block_inner, warps, stages) in blocks.items():
+    for block_rows, block_columns, block_inner, warps, stages in (PRODUCT_BLOCKS if sums == 1 else GATE_BLOCKS)[precision, form]:
         inner = min(block_inner, power_of_two(length))
         while is_scaled and inner > LEAST_BLOCK and length % inner:
             inner //= 2
