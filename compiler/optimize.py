@@ -19,7 +19,7 @@ from paretorch.ir.errors import BudgetError, CaptureError, InputError
 from paretorch.islands import optimize_islands
 from paretorch.optimized import Optimized
 from paretorch.rewrites import RULES, rules_named
-from paretorch.rewrites.apply import calibrated, propose
+from paretorch.rewrites.apply import Candidate, calibrated, propose
 from paretorch.rewrites.normalize import normalize
 from paretorch.rewrites.rule import Rule
 from paretorch.session import Session, open_session
@@ -74,17 +74,21 @@ def optimize(
         apply_exact(session)
     if budget.is_exact:
         return settle_exact(session)
-    with stages("analyze"):
-        facts = analyze(session.exact)
-    with stages("propose"):
-        candidates, refusals = propose(session.exact, facts, session.lossy)
-        session.refuse(refusals)
-        if session.judge is not None:
-            candidates = calibrated(candidates, session.exact, session.judge.inputs())
+    candidates = _proposed(session)
     session.exact_result = settle_exact(session)
     session.measure_reduced(candidates)
     session.search(candidates)
     return settle(session, session.exact_result)
+
+
+def _proposed(session: Session) -> list[Candidate]:
+    """Every legal lossy rewrite of the exact graph, with knob values for the user's data where a rule measures them."""
+    with session.stages("analyze"):
+        facts = analyze(session.exact)
+    with session.stages("propose"):
+        candidates, refusals = propose(session.exact, facts, session.lossy)
+        session.refuse(refusals)
+        return candidates if session.judge is None else calibrated(candidates, session.exact, session.judge.inputs())
 
 
 def _check_captured(program: Program, budget: Budget) -> None:
