@@ -265,6 +265,23 @@ def test_a_later_step_takes_empty_rows_before_it_merges() -> None:
     assert not torch.equal(plain.run(x)[0][1], one.run(x)[0][1])
 
 
+def test_maps_follow_each_other_in_whichever_order_steps_are_put_in() -> None:
+    """Each token gets the row that it is part of after steps that take other numbers from each sample."""
+    torch.manual_seed(5)
+    steps, x = [("attention", "0.125 above 0.7"), ("attention_1", "0.125 above 0.9")], torch.cat([alike(), torch.randn(2, T, C).double()])
+    forward, backward = taken(graph_of("dense"), *steps), taken(graph_of("dense"), *steps[::-1])
+    for one, other in zip(forward.run(x), backward.run(x), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    first, last = sizes_behind(forward, x)
+    left = (last > 0).sum(1).tolist()
+    assert ((first > 0).sum(1) > (last > 0).sum(1)).any()
+    assert len(set(left)) > 2
+    assert [len(rows.round(decimals=9).unique(dim=0)) for rows in forward.run(x)[0][2:]] == left[2:]  # the first two hold equal tokens
+    for sample in range(len(x)):
+        for one, other in zip(forward.run(x[sample : sample + 1]), forward.run(x), strict=True):
+            torch.testing.assert_close(one[0], other[sample], **EXACT)
+
+
 def test_the_largest_of_all_rows_is_refused() -> None:
     found, refusals = sites_of(RULE, graph_of("largest"))
     assert not found
