@@ -101,7 +101,7 @@ GATE_BLOCKS = {  # of a program with two sums, each of so many columns
     ("full", "many"): ((32, 16, 32, 4, 3),),
     ("full", "few"): ((16, 16, 32, 2, 4),),
 }
-OF_A_UNIT = {"many": 1, "few": 2}  # programs that keep one busy: where they wait for memory two
+OF_A_UNIT = {"many": 1, "few": 2}  # programs that keep one busy: where they wait for memory two; assumed, not measured
 CHIP = {form: 132 * programs for form, programs in OF_A_UNIT.items()}  # programs that fill one: of the 132 units of an H100
 BESIDE_SCALED = (
     3  # for each sum that of a group, and room for its scales: the widest blocks spilled in f16 on sm_90, two sums in bf16 on sm_80
