@@ -173,6 +173,14 @@ def test_kernels_of_a_device_that_is_not_here(planned: paretorch.Optimized) -> N
     assert (binary.arch, binary.spills) == ("sm_90", 0)
 
 
+def test_gates_of_a_model(planned: paretorch.Optimized) -> None:
+    """One kernel for those of all layers, with the products that they are halves of."""
+    (made,) = [kernel for kernel in planned.kernels if "silu" in kernel.name]
+    assert (made.template, made.uses) == ("product", 2)
+    assert "total_1 = tl.dot(left, right_1, total_1" in made.source
+    assert made.compile("sm_90").spills == 0
+
+
 def test_the_same_sources_without_weights(planned: paretorch.Optimized) -> None:
     model, inputs = tiny_transformers.make("llama")
     with torch.device("meta"):

@@ -1,6 +1,7 @@
-"""Gates (SwiGLU, GeGLU) as one kernel with a sum for each half: which graphs are taken, rows that vary, plans and prices, a whole model.
+"""Gates (SwiGLU, GeGLU) as one kernel with a sum for each half: which graphs are taken, rows that vary, plans and prices.
 
-Numbers, bounds and what compilers make of them stand with all products, in test_product_kernel.py and test_split_product.py.
+Numbers, bounds and what compilers make of them stand with all products, in test_product_kernel.py and test_split_product.py;
+a model's gates in test_fusion.py.
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ from typing import Any
 
 import pytest
 
-import paretorch
 from paretorch.codegen.product import Fused
 from paretorch.codegen.regions import covers, region_of
 from paretorch.ir.graph import Graph
-from tests import tiny_transformers
 from tests.kernel_cases import TOLERANCE, assert_close, graph_of, inputs_of, kernel, region, vector
 from tests.test_fusion import fusion, regions
 
@@ -106,13 +105,3 @@ def test_price_of_a_gate() -> None:
 def test_plan_of_a_gate(device: str, golden: Callable[[str], None]) -> None:
     """Where bytes are dear it is one kernel, where operations are the product is the vendor's."""
     golden(f"{fusion(device).plan(gate(64, 32, 48, 'f32'))}\n")
-
-
-def test_a_model() -> None:
-    """Each layer's gate is one kernel, which `Optimized.kernels` hands out."""
-    model, inputs = tiny_transformers.make("llama")
-    found = paretorch.optimize(model, inputs, target="cuda:h100")
-    (made,) = [made for made in found.kernels if "silu" in made.name]
-    assert (made.template, made.uses) == ("product", 2)
-    assert "total_1 = tl.dot(left, right_1, total_1" in made.source
-    assert made.compile("sm_90").spills == 0
