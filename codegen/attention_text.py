@@ -120,10 +120,10 @@ class Facts:
 
     @property
     def form(self) -> str:
-        """How much is held for each score beside itself."""
+        """How much is held for each score beside itself: a number of its key, or the page that its key lies on, is somewhat more."""
         if self.mask is not None or self.left >= 0 or self.softcap != 0.0:
             return "heavy"
-        return "light" if self.key_bias is None else "biased"
+        return "light" if self.key_bias is None and self.pages is None else "biased"
 
     @property
     def is_plain(self) -> bool:

@@ -42,7 +42,7 @@ def attention_schedules(
 ) -> tuple[Schedule, ...]:
     """The block sizes that fit every architecture, the best first, then some that may spill on a part of them: to be tried where that is looked at.
 
-    rows, keys: None if they vary; form: what is done to scores: "light" for a factor, "biased" for a number of each key, "heavy" for more.
+    rows, keys: None if they vary; form: what is done to scores: "light" for a factor, "biased" for a number or a page of each key, "heavy" for more.
     """
     widths = {"BLOCK_WIDTH": power_of_two(width), "BLOCK_VALUE": power_of_two(value_width)}
     widest_rows = most_rows = 128 if rows is None else power_of_two(rows)

