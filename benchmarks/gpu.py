@@ -46,7 +46,7 @@ def ceilings() -> dict[str, float]:
 
 def kernels(copy_bytes_per_s: float) -> Iterator[tuple[str, Callable[[], float]]]:
     """(goal's name, what measures its ratio)."""
-    from benchmarks.gpu_kernels import matching, scheduled, sized, streaming
+    from benchmarks.gpu_kernels import divided, four_bits, matching, scheduled, sized, streaming
     from paretorch.tuning import tuner_here
 
     def share(make: Any) -> float:
@@ -65,6 +65,8 @@ def kernels(copy_bytes_per_s: float) -> Iterator[tuple[str, Callable[[], float]]
     yield "window of 1024 at 16k tokens", windowed
     yield "window of 1024 against 4096 at 32k tokens", proportional
     yield "token matching, bf16 64 x 197 x 64, r = 13", lambda: against(matching())
+    yield "product with K divided, bf16 4 x 16384 by 1024", lambda: against(divided())
+    yield "weights of four bits, bf16 4 x 4096 by 11008, groups of 128", lambda: against(four_bits())
     yield "tuned schedule of causal attention, bf16 head 128, 16k tokens", lambda: against(scheduled(tuner_here().schedules))  # type: ignore[union-attr, arg-type]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paretorch.codegen.kernel import Kernel, Region, Schedule
 from paretorch.codegen.region_inputs import region_inputs
-from paretorch.codegen.regions import can_compute, region_of
+from paretorch.codegen.regions import can_compute, forms_of, region_of
 from paretorch.codegen.triton_text import render
 from paretorch.ir.builder import build
 from paretorch.ir.ops import aten
@@ -31,11 +31,7 @@ def one_region(function: Callable[..., Any], **types: str) -> Region:
 def kernel_of(function: Callable[..., Any], **types: str) -> tuple[Kernel, list[Tensor]]:
     """The kernel of all nodes of this function, and random inputs on the GPU in the order that it reads."""
     region = one_region(function, **types)
-    inputs = []
-    for node in region.reads:
-        fake = node.meta["val"]
-        inputs.append(torch.randn(fake.shape, device=DEVICE, dtype=torch.float32).to(fake.dtype))
-    return render(region), inputs
+    return render(region), region_inputs(region, DEVICE)
 
 
 def call_of(function: Callable[..., Any], **types: str) -> Made:
@@ -47,6 +43,11 @@ def call_of(function: Callable[..., Any], **types: str) -> Made:
     return lambda: made.launch(*inputs), moved
 
 
+def swiglu(b: Any, packed: Any, width: int) -> Any:
+    halves = b.split(packed, width, -1)
+    return b.mul(b.silu(b.item(halves, 0)), b.item(halves, 1))
+
+
 def streaming() -> dict[str, Callable[[], Made]]:
     """Goal's name -> what makes its kernel and bytes, of those that are bounded by memory; made one at a time, since each fills gigabytes."""
     row, channel = f"bf16[{ROWS},{WIDTH}]", f"bf16[{WIDTH}]"
@@ -56,8 +57,7 @@ def streaming() -> dict[str, Callable[[], Made]]:
         return total, b.layer_norm(total, [WIDTH], weight, bias, 1e-5)
 
     def gated(b: Any, packed: Any) -> Any:
-        halves = b.split(packed, WIDTH, -1)
-        return b.mul(b.silu(b.item(halves, 0)), b.item(halves, 1))
+        return swiglu(b, packed, WIDTH)
 
     def rotary(b: Any, x: Any, cos: Any, sin: Any) -> Any:
         turned = b.permute(x, [0, 2, 1, 3])
@@ -71,6 +71,9 @@ def streaming() -> dict[str, Callable[[], Made]]:
         "SwiGLU of a packed product, bf16 16384 x 16384": lambda: call_of(gated, packed=f"bf16[16384,{2 * WIDTH}]"),
         "rotary embedding, bf16 4 x 16384 x 32 x 128": lambda: call_of(
             rotary, x="bf16[4,16384,32,128]", cos="bf16[16384,128]", sin="bf16[16384,128]"
+        ),
+        "SwiGLU with its product, bf16 1 x 4096 by 22016": lambda: call_of(
+            lambda b, x, weight: swiglu(b, b.linear(x, weight), 11008), x="bf16[1,4096]", weight="bf16[22016,4096]"
         ),
         "softmax, bf16 32768 x 8192": lambda: call_of(lambda b, x: b.call(aten("softmax.int"), (x, -1)), x=row),
         "decode, bf16 batch 16, 32k keys, 8 key heads": lambda: call_of(
@@ -105,6 +108,22 @@ def sized(batch: int, heads: int, tokens: int, width: int) -> tuple[Callable[[],
     query, key, value, bias = inputs
     mask = bias.to(query.dtype)[:, None, None, :].expand(batch, 1, tokens, tokens)
     return lambda: made.launch(*inputs), lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def divided() -> tuple[Callable[[], object], Callable[[], object]]:
+    """(our product of few rows whose K several programs share, the vendor's)."""
+    whole = one_region(lambda b, x, weight: b.linear(x, weight), x="bf16[4,16384]", weight="bf16[1024,16384]")
+    (region,) = (form for form in forms_of(whole) if form.template == "split_product")
+    made, (x, weight) = render(region), region_inputs(region, DEVICE)
+    return lambda: made.launch(x, weight), lambda: F.linear(x, weight)
+
+
+def four_bits() -> tuple[Callable[[], object], Callable[[], object]]:
+    """(our product with weights of four bits, the vendor's with weights of sixteen)."""
+    types = {"x": "bf16[4,4096]", "weight": "u8[11008,32,64]", "scale": "bf16[11008,32]"}
+    made, inputs = kernel_of(lambda b, x, weight, scale: b.int4_linear(x, weight, scale), **types)
+    plain = torch.randn(11008, 4096, device=DEVICE, dtype=DTYPES["bf16"])
+    return lambda: made.launch(*inputs), lambda: F.linear(inputs[0], plain)
 
 
 def matching() -> tuple[Callable[[], object], Callable[[], object]]:

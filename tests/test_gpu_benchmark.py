@@ -34,9 +34,10 @@ def test_each_kernel_is_one_region(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_kernels, "DEVICE", "meta")
     monkeypatch.setattr(gpu_kernels, "call_of", lambda function, **types: gpu_kernels.kernel_of(function, **types)[0])
     made: dict[str, Any] = {name: make() for name, make in gpu_kernels.streaming().items()}
-    assert {kernel.template for kernel in made.values()} == {"row", "elementwise", "attention"}
+    assert {kernel.template for kernel in made.values()} == {"row", "elementwise", "attention", "product"}
     assert [name for name, kernel in made.items() if kernel.parts] == ["decode, bf16 batch 16, 32k keys, 8 key heads"]
     assert len(gpu_kernels.attention(1, 16, 4096, 128, left=1023, right=0)[1]) == 3
+    assert len(gpu_kernels.divided()) == len(gpu_kernels.four_bits()) == 2
     assert len(gpu_kernels.sized(8, 12, 4096, 64)) == len(gpu_kernels.matching()) == 2
 
 

