@@ -26,15 +26,12 @@ def pixels(size: int = 8) -> dict[str, Tensor]:
 
 
 def _entries() -> dict[str, Callable[[], Entry]]:
+    return {**_encoders(), **_decoders()}
+
+
+def _encoders() -> dict[str, Callable[[], Entry]]:
     import transformers as t
 
-    plain = {"use_cache": False}
-    whisper = t.WhisperConfig(
-        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, vocab_size=40, max_source_positions=8, max_target_positions=16, num_mel_bins=4, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
-    t5 = t.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=40, decoder_start_token_id=0)
     return {
         "bert": lambda: (t.BertModel(t.BertConfig(**TEXT)), ids()),
         "roberta": lambda: (t.RobertaModel(t.RobertaConfig(**TEXT)), ids()),
@@ -55,6 +52,21 @@ def _entries() -> dict[str, Callable[[], Entry]]:
             pixels(16),
         ),
         "clip_text": lambda: (t.CLIPTextModel(t.CLIPTextConfig(**TEXT, eos_token_id=2, bos_token_id=1)), ids()),
+    }
+
+
+def _decoders() -> dict[str, Callable[[], Entry]]:
+    """Decoders, and encoders with them."""
+    import transformers as t
+
+    plain = {"use_cache": False}
+    whisper = t.WhisperConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, vocab_size=40, max_source_positions=8, max_target_positions=16, num_mel_bins=4, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    t5 = t.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=40, decoder_start_token_id=0)
+    return {
         "gpt2": lambda: (
             t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)),
             {**ids(), **plain},
