@@ -5,7 +5,8 @@ sm_80, sm_90 and gfx942 when cross-compiled with triton 3.7 (2026-11-21): fewer 
 held beside them, and fewer in f32, whose products NVIDIA's compilers unroll.
 
 ptxas keeps a few values in memory, at 72 or 168 registers as it may be, where one register less lets another block of threads run. A kernel that says
-how many registers it may have at most is not treated so: f16 heads of width 64 with a key bias spilled 24 bytes at 168 and none at 186 (2026-11-22).
+how many registers it may have at most is not treated so: f16 heads of width 64 with a key bias spilled 24 bytes at 168 and none at 186, f32 heads of
+that width with lengths 8 bytes at 80 on sm_90 (2026-11-22).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def attention_schedules(
         most_rows = min(most_rows, 64)
     precision = "half" if itemsize < 4 else "full"
     stages = 1 if form == "heavy" and max(width, value_width) <= 16 else 2  # so little is loaded that there is nothing to wait for
-    limit = {} if form == "light" else ALL_REGISTERS
+    limit = {} if (precision, form) == ("half", "light") else ALL_REGISTERS
     found = []
     for block_rows, block_keys, warps in HALF_BLOCKS if precision == "half" else FULL_BLOCKS:
         options = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, **widths, "num_warps": warps, "num_stages": stages, **limit}
