@@ -5,10 +5,13 @@ Replayed(execute, ...)(*inputs)           -> the outputs of execute(*inputs)
 
 A replay runs in memory of its own: the inputs of a call are copied there, and its outputs copied out, so that no result is overwritten by a later
 call. The form of a call is the shape, strides, dtype and device of each input. A graph of fixed sizes is recorded for the first form; one of varying
-sizes for each form that comes twice, and the forms that were not used for longest are dropped. Everything else is a plain call, with the reason in
-`reasons`: inputs that are not on a CUDA device (a number of the host would be recorded as it was), a graph whose sizes depend on values, a capture that
-CUDA refused, a replay that took longer than the plain call, since copying large inputs costs time too. Calls from several threads replay one after
-another, and each stream waits for the last replay of another. The recordings of one executable share their memory: they never run at the same time.
+sizes for each form that comes twice, and the forms that were not used for longest are dropped. Where the rows of a batch know nothing of each other,
+one recording serves a bucket of their numbers (`buckets`): rows that a call lacks are repeated ones, and are not returned.
+
+Everything else is a plain call, with the reason in `reasons`: inputs that are not on a CUDA device (a number of the host would be recorded as it was),
+a graph whose sizes depend on values, a capture that CUDA refused, a replay that took longer than the plain call, since copying large inputs costs time
+too. Calls from several threads replay one after another, and each stream waits for the last replay of another. The recordings of one executable share
+their memory: they never run at the same time.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from paretorch.codegen.buckets import Rows, rows_of
 from paretorch.codegen.runtimes import is_dynamic
 from paretorch.ir.collector import uncollected
 from paretorch.ir.graph import Graph
 from paretorch.ir.protocols import Executable, Measure, Runtime
 
-MOST_FORMS = 8  # that are kept of a graph of varying sizes
+MOST_FORMS = 16  # that are kept of a graph of varying sizes
 MOST_REASONS = 16
 MOST_EDITS = 2  # of constants on the host, after each of which recordings are made anew
 WARM_UPS = 3  # calls before a capture: kernels are compiled, and libraries make their workspaces
@@ -124,31 +128,40 @@ def _give_back(device: torch.device, pool: Any) -> None:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A recording with the buffers that it reads. targets: of the buffers, each place in memory once."""
+    """A recording with the buffers that it reads. targets: of the buffers, each place in memory once; rows: those that a call may have fewer of."""
 
     buffers: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     recording: Recording
+    rows: Rows
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        for target, x in zip(self.targets, inputs, strict=True):
-            target.copy_(_once(x))
+        count, outputs = self.rows.count(inputs), self.recording.outputs
+        for target, x, dim in zip(self.targets, inputs, self.rows.inputs, strict=True):
+            _first(target, dim, count).copy_(_once(x))
         self.recording.replay()
-        return tuple(x.clone() if isinstance(x, Tensor) else x for x in self.recording.outputs)
+        return tuple(
+            _first(x, dim, count).clone() if isinstance(x, Tensor) else x for x, dim in zip(outputs, self.rows.outputs, strict=True)
+        )
+
+
+def _first(x: Tensor, dim: int | None, count: int | None) -> Tensor:
+    """The first rows, all of it where it has none."""
+    return x if dim is None or count is None else x.narrow(dim, 0, count)
 
 
 class Replayed:
     """An executable whose calls are replayed where they can be; see the module's card.
 
-    varies: whether sizes vary from call to call; held: the constants that the call reads; measure: races a replay with the plain call, and the plain
-    call stays if it wins; None replays in any case. reasons: of plain calls, the first 16.
+    varies: whether sizes vary from call to call; rows: those of a batch that may be filled up, if there is one; held: the constants that the call
+    reads; measure: races a replay with the plain call, which stays if it wins; None replays in any case. reasons: of plain calls, the first 16.
     """
 
     def __init__(
-        self, execute: Executable, *, varies: bool = False, held: Sequence[Tensor] = (), recorder: Recorder | None = None,
-        measure: Measure | None = None, note: Callable[[str], object] | None = None,
+        self, execute: Executable, *, varies: bool = False, rows: Rows | None = None, held: Sequence[Tensor] = (),
+        recorder: Recorder | None = None, measure: Measure | None = None, note: Callable[[str], object] | None = None,
     ) -> None:  # fmt: skip
-        self.execute, self.varies, self.measure, self.note = execute, varies, measure, note
+        self.execute, self.varies, self.rows, self.measure, self.note = execute, varies, rows, measure, note
         self.recorder: Recorder = recorder or CudaRecorder()
         self.reasons: list[str] = []
         self._of_host = [x for x in held if x.device.type == "cpu"]
@@ -174,7 +187,8 @@ class Replayed:
 
     def _find(self, inputs: Sequence[Tensor]) -> _Kept | None:
         """The recording for these inputs, made now if it is due; None for a plain call."""
-        form = tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
+        rows = self.rows if self.rows is not None and self.rows.count(inputs) is not None else None
+        form = rows.form(inputs) if rows else tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs)
         self._follow_edits()
         if form in self._kept:
             self._kept.move_to_end(form)
@@ -187,7 +201,7 @@ class Replayed:
             return None
         if self.varies and not self._is_due(form):
             return None
-        self._kept[form] = self._made(inputs)
+        self._kept[form] = self._made(inputs, rows)
         while len(self._kept) > MOST_FORMS:
             self._kept.popitem(last=False)
         return self._kept[form]
@@ -210,7 +224,7 @@ class Replayed:
             self._seen.popitem(last=False)
         return False
 
-    def _made(self, inputs: Sequence[Tensor]) -> _Kept | None:
+    def _made(self, inputs: Sequence[Tensor], rows: Rows | None) -> _Kept | None:
         """A new recording; None where it cannot be made, or a plain call takes no longer."""
         reason = self.recorder.refuses(inputs)
         if reason is not None:
@@ -221,9 +235,10 @@ class Replayed:
         pool = next((kept.recording.pool for kept in beside), None)
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference_mode could not be copied into later
             try:
-                buffers = tuple(_buffer(x) for x in inputs)
+                buffers = tuple(_buffer(x) for x in (rows.raised(inputs) if rows else inputs))
                 recording = self.recorder.record(lambda: tuple(self.execute(*buffers)), device, pool)
-                kept = _Kept(buffers, tuple(map(_once, buffers)), recording)
+                alone = Rows((None,) * len(buffers), (None,) * len(recording.outputs))
+                kept = _Kept(buffers, tuple(map(_once, buffers)), recording, rows or alone)
                 return kept if self._pays(kept, inputs) else None
             except Exception as error:  # CUDA, its libraries and triton raise many kinds; the call then runs plainly, and says so
                 self._plain(f"its launches cannot be recorded: {_first_line(error)}")
@@ -294,9 +309,11 @@ class Graphed:
         if reason is not None:
             self._note(reason)
             return execute
+        rows = rows_of(graph)
         return Replayed(
             execute,
             varies=is_dynamic(graph),
+            rows=rows if isinstance(rows, Rows) else None,
             held=list(graph.constants.values()),
             recorder=self.recorder,
             measure=self.measure,
