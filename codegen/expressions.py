@@ -142,11 +142,12 @@ def _leftover(node: Node, text: str) -> str | None:
 
 
 def _text(node: Node) -> str | RowText | OpTemplate | Missing:
-    """The column's text; where it depends on an option (gelu's approximate), that of this node's."""
+    """The column's text; where it depends on an option (gelu's approximate) or on what is given (limits of a clamp), that of this node's."""
     op = op_of(node)
     assert op is not None  # not_expressible asked
     if isinstance(op.triton, dict):
-        option = next(value for value in arguments(node).values() if isinstance(value, str))
+        given = {name: value for name, value in list(arguments(node).items())[1:] if value is not None}
+        option = next((value for value in given.values() if isinstance(value, str)), " and ".join(given))
         return op.triton.get(option, Missing(f"not for {option!r}"))
     return op.triton
 

@@ -210,7 +210,7 @@ def one_op(target: Any) -> tuple[Graph, list[Tensor]]:
     return graph, [x.abs() + 0.1 if x.is_floating_point() else x for x in inputs_of(graph)]
 
 
-WITH_TEXT = [target for op in OPS.values() for target in op.targets if isinstance(op.triton, (str, dict))]
+WITH_TEXT = [target for op in OPS.values() for target in op.targets if isinstance(op.triton, (str, dict)) and op.name != "clamp"]
 ROWS = [name for name, op in OPS.items() if isinstance(op.triton, RowText)]
 
 
@@ -221,6 +221,41 @@ def test_every_text_is_its_op(target: Any) -> None:
     assert not_expressible(node) is None
     (found,) = with_kernels(graph, [(region_of([node]), None)])[0](*inputs)
     torch.testing.assert_close(found, graph.run(*inputs)[0], rtol=2e-6, atol=2e-6)
+
+
+EDGES = [-2.5, -1.5, -0.5, -0.49999997, 0.0, 0.49999997, 0.5, 1.5, 2.5, 8388607.5, 1e9, float("inf"), -float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("limits", [(-1.0, 2.0), (None, 2.0), (-1.0, None), (2.0, -1.0)], ids=str)
+def test_rounding_and_limits(limits: Any) -> None:
+    """Halves go to even, NaN stays, and of limits in the wrong order the upper one holds: to the bit."""
+
+    def both(b: Any, x: Any) -> Any:
+        return b.call(aten("round.default"), (x,)), b.call(aten("clamp.default"), (x, *limits))
+
+    graph, x = graph_of(both, x=f"f32[{len(EDGES)}]"), torch.tensor(EDGES)
+    found = with_kernels(graph, [(region_of([node]), None) for node in graph.calls])[0](x)
+    for one, other in zip(found, graph.run(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_product_that_is_quantised() -> None:
+    """With its bias, its activation, its scale and its limits it is one kernel, and at most a step of what lies between two numbers away."""
+
+    def quantised(b: Any, x: Any, weight: Any, bias: Any) -> Any:
+        steps = b.call(aten("round.default"), (b.div(b.gelu(b.linear(x, weight, bias)), 0.05),))
+        return b.call(aten("_to_copy.default"), (b.call(aten("clamp.default"), (steps, -128, 127)),), {"dtype": torch.int8})
+
+    graph = graph_of(quantised, x="f32[20,32]", weight="f32[48,32]", bias="f32[48]")
+    inputs = inputs_of(graph)
+    region = region_of(graph.calls)
+    assert (region.template, [node.name for node in region.writes]) == ("product", [graph.calls[-1].name])
+    found, expected = render(region).launch(*inputs), graph.run(*inputs)[0]
+    assert found.dtype == torch.int8
+    apart = (found.int() - expected.int()).abs()
+    assert int(apart.max()) <= 1
+    assert float((apart > 0).float().mean()) < 0.01
+    assert len(expected.unique()) > 30
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -274,7 +309,7 @@ def test_refusals() -> None:
         reason(lambda b, x: b.call(aten("add.Tensor"), (x, x), {"alpha": 2}), x="f32[4]")
         == "add has alpha=2, which its Triton text leaves out"
     )
-    assert reason(lambda b, x: b.round(x), x="f32[4]") == "round has no Triton text: triton has no round to even"
+    assert reason(lambda b, x: b.softplus(x), x="f32[4]") == "softplus has no Triton text: has a threshold"
     assert reason(lambda b, x: b.add(x, x), x="c64[4]") == "add computes with a type that the templates do not hold"
     assert (
         reason(lambda b, x: b.call(aten("lgamma.default"), (x,)), x="f32[4]") == "lgamma (aten.lgamma.default) has no row in the op table"

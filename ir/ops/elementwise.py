@@ -68,7 +68,13 @@ _elementwise("silu", "silu.default", 5, "{0} * tl.sigmoid({0})", "Swish")
 _elementwise("hardswish", "hardswish.default", 5, "{0} * tl.minimum(tl.maximum({0} + 3.0, 0.0), 6.0) / 6.0", "HardSwish")
 _elementwise("hardsigmoid", "hardsigmoid.default", 4, "tl.minimum(tl.maximum({0} + 3.0, 0.0), 6.0) / 6.0", "HardSigmoid")
 _elementwise("hardtanh", "hardtanh.default", 2, "tl.minimum(tl.maximum({0}, {1}), {2})", "Clip")
-_elementwise("clamp", "clamp.default clamp_min.default clamp_max.default clamp.Tensor", clamp_flops, Missing("some have one limit"), "Clip")
+_elementwise("clamp", "clamp.default clamp.Tensor", clamp_flops, {  # of limits in the wrong order the upper one holds; NaN stays
+    "min and max": "tl.where(tl.where({0} < {1}, {1}, {0}) > {2}, {2}, tl.where({0} < {1}, {1}, {0}))",
+    "min": "tl.where({0} < {1}, {1}, {0})",
+    "max": "tl.where({0} > {2}, {2}, {0})",
+}, "Clip")  # fmt: skip
+_elementwise("clamp_min", "clamp_min.default", 1, "tl.where({0} < {1}, {1}, {0})", "Clip")
+_elementwise("clamp_max", "clamp_max.default", 1, "tl.where({0} > {1}, {1}, {0})", "Clip")
 _elementwise("leaky_relu", "leaky_relu.default", 3, "tl.where({0} > 0, {0}, {0} * {1})", "LeakyRelu")
 _elementwise("elu", "elu.default", 5, Missing("three parameters"), "Elu")
 _elementwise("softplus", "softplus.default", 5, Missing("has a threshold"), "Softplus")
@@ -84,7 +90,10 @@ _elementwise("logical_not", "logical_not.default bitwise_not.default", 1, "{0} =
 _elementwise("logical_and", "logical_and.default bitwise_and.Tensor __and__.Tensor", 1, "{0} & {1}", "And", commutative=True)
 _elementwise("logical_or", "logical_or.default bitwise_or.Tensor __or__.Tensor", 1, "{0} | {1}", "Or", commutative=True)
 _elementwise("floor", "floor.default", 1, "tl.floor({0})", "Floor")
-_elementwise("round", "round.default", 1, Missing("triton has no round to even"), "Round")
+_elementwise("round", "round.default", 1, (  # halves to even: triton has no function for it
+    "tl.floor({0}) + tl.where(({0} - tl.floor({0}) > 0.5) | (({0} - tl.floor({0}) == 0.5) & "
+    "(tl.floor({0}) * 0.5 != tl.floor(tl.floor({0}) * 0.5))), 1.0, 0.0)"
+), "Round")  # fmt: skip
 _elementwise("floor_divide", "floor_divide.default div.Tensor_mode", 1, Missing("rounds"), "Div")
 _elementwise("remainder", "remainder.Scalar remainder.Tensor", 1, Missing("integers"), "Mod")
 

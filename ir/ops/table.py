@@ -136,8 +136,9 @@ class Op:
     bytes: (node) -> bytes read and written. axes: a key of AXES; None stops token-axis rewrites at this op.
     launches: (node) -> how many kernels torch starts for it.
     moves_data: False if it only re-describes its input (view, transpose, …).
-    triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option;
-    of an op over rows the steps of its computation; of an op that is a kernel of its own the template.
+    triton: text with {0}, {1}, … for the operands of an elementwise op; where an option in words changes it, a text per value of the option, and where
+    operands may be missing, one per set of those that are given ("min and max"); of an op over rows the steps of its computation; of an op that is a
+    kernel of its own the template.
     onnx: the ONNX op that it becomes, or an emitter of `codegen/onnx/`.
     definition: the function of torch ops that it runs as, where that is several passes over memory; its price is then theirs.
     """
