@@ -23,7 +23,7 @@ from paretorch.ir.types import size_of
 
 HARMLESS = ("pointwise", "returns")
 BY_PLACE = ("pointwise", "attention")  # axis rules of ops to which places of an axis may matter, but not what stands at others
-TAKE_SIZES = ("view", "expand", "create")  # axis rules of ops that take sizes in lists, and make nothing else of them
+TAKE_SIZES = ("view", "expand", "repeat", "create")  # axis rules of ops that take sizes in lists, and make nothing else of them
 Places = tuple[int | None, ...]
 
 

@@ -14,6 +14,7 @@ from paretorch.rewrites.normalize.fold import fold, merge_equal
 from paretorch.rewrites.normalize.linear import linear
 from paretorch.rewrites.normalize.native_norms import native_norms
 from paretorch.rewrites.normalize.norms import norms
+from paretorch.rewrites.normalize.products import products
 from paretorch.rewrites.normalize.scalars import scalars
 from paretorch.rewrites.normalize.views import views
 from paretorch.rewrites.normalize.weighted_softmax import weighted_softmax
@@ -34,6 +35,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     activations,
     weighted_softmax,  # before attention is looked for: the factor becomes a mask
     raise_attention,  # needs scalars, views and constant masks
+    products,  # attention knows einsums as they were written
     views,  # raising leaves permutes and reshapes that may cancel
     merge_equal,
     clean,

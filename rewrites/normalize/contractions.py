@@ -2,7 +2,7 @@
 
     einsum("btc,chd->bthd", x, W)   ->   reshape(linear(x, W as [H*D, C]), [B, T, H, D])
 
-The constant's axes are either summed over (then the value has them too) or new; a contraction of another kind, or of two values, stays.
+The constant's axes are either summed over (then the value has them too) or new; a contraction of another kind, or of two values, stays here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def contractions(graph: Graph) -> Graph:
     graph = graph.copy()
     for node in graph.calls:
         if node.target is aten("einsum.default"):
-            _try_both(graph, node, list(node.args[1]), _einsum_letters(node))  # type: ignore[arg-type]
+            _try_both(graph, node, list(node.args[1]), einsum_letters(node))  # type: ignore[arg-type]
         elif node.target is aten("tensordot.default"):
             _try_both(graph, node, list(node.args[:2]), _tensordot_letters(node))
     return graph.clean()
@@ -41,7 +41,8 @@ def _try_both(graph: Graph, node: Node, operands: list[Any], letters: list[Lette
         _to_linear(graph, node, right, left, right_letters, left_letters, out)
 
 
-def _einsum_letters(node: Node) -> list[Letters] | None:
+def einsum_letters(node: Node) -> list[Letters] | None:
+    """The indices of both operands and the result; None if there are not two operands, or the result is left open."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     terms, arrow, result = equation.partition("->")
     parts = terms.split(",")
@@ -86,13 +87,13 @@ def _to_linear(graph: Graph, node: Node, x: Node, weight: Node, mine: Letters, t
         width = _product([sizes[name] for name in summed])
         matrix = held.permute([theirs.index(name) for name in order]).reshape(-1, width).contiguous()
         weight = b.constant(f"{weight.target}_matrix", matrix)
-    value = _permuted(b, x, mine, [*kept, *summed])
+    value = permuted(b, x, mine, [*kept, *summed])
     if len(summed) > 1:
-        value = _reshaped(b, value, [*(sizes[name] for name in kept), _product([sizes[name] for name in summed])])
+        value = reshaped(b, value, [*(sizes[name] for name in kept), _product([sizes[name] for name in summed])])
     value = b.linear(value, weight)
     if len(new) > 1:
-        value = _reshaped(b, value, [sizes[name] for name in [*kept, *new]])
-    value = _permuted(b, value, [*kept, *new], out)
+        value = reshaped(b, value, [sizes[name] for name in [*kept, *new]])
+    value = permuted(b, value, [*kept, *new], out)
     if tensor_type(value) == tensor_type(node):
         graph.replace(node, value)
 
@@ -108,9 +109,9 @@ def _product(sizes: Sequence[int]) -> int:
     return total
 
 
-def _permuted(b: Builder, value: Node, names: Letters, wanted: Letters) -> Node:
+def permuted(b: Builder, value: Node, names: Letters, wanted: Letters) -> Node:
     return value if names == wanted else b.permute(value, [names.index(name) for name in wanted])
 
 
-def _reshaped(b: Builder, value: Node, sizes: Sequence[int]) -> Node:
+def reshaped(b: Builder, value: Node, sizes: Sequence[int]) -> Node:
     return b.call(aten("reshape.default"), (value, list(sizes)))
