@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from paretorch.ir.analyze import Use, axis_of, token_axes
 from paretorch.ir.graph import Graph
-from paretorch.ir.ops import op_of
+from paretorch.ir.ops import is_op, op_of
 from paretorch.ir.types import size_of
 
 HARMLESS = ("pointwise", "returns")
@@ -106,7 +106,7 @@ def _rows(graph: Graph, symbol: sympy.Symbol) -> Rows | str:
             axis = axis_of(graph, atom)
             family |= {atom.number, *axis.family}
             for use in axis.uses:
-                if not _is_harmless(use, graph):
+                if not _is_harmless(use, graph, symbol):
                     return f"{use.node} {use.kind} the {symbol} rows of {node.name}" + (f": {use.reason}" if use.reason else "")
     for node in graph.calls:
         if any(_depends(value, symbol) for value in _numbers(node)):
@@ -123,12 +123,29 @@ def _rows(graph: Graph, symbol: sympy.Symbol) -> Rows | str:
     return Rows(inputs, outputs, _most(graph, symbol))
 
 
-def _is_harmless(use: Use, graph: Graph) -> bool:
+def _is_harmless(use: Use, graph: Graph, symbol: sympy.Symbol) -> bool:
+    node = graph.node(use.node)
+    op = op_of(node) if node is not None else None
     if use.kind == "positions":
-        node = graph.node(use.node)
-        op = op_of(node) if node is not None else None
         return op is not None and op.axes in BY_PLACE
+    if use.kind == "selects" and is_op(node, "index"):
+        return _looks_up_each(node, symbol)
     return use.kind in HARMLESS or (use.kind, use.reason) == ("bakes_length", "")
+
+
+def _looks_up_each(node: Any, symbol: sympy.Symbol) -> bool:
+    """Whether x[0, 1, 2, ...] is looked up along the rows, with other places in other dimensions: a mask, or the last token of each row."""
+    x, indices = node.args[:2]
+    return all(index is not None and _counts_up(index, symbol) for size, index in zip(_sizes(x), indices, strict=False) if size == symbol)
+
+
+def _counts_up(index: Any, symbol: sympy.Symbol) -> bool:
+    """Whether this is `arange` of the number of rows, under another shape."""
+    while is_op(index, "unsqueeze", "view", "expand", "to"):
+        index = index.args[0]
+    if not is_op(index, "arange") or _sizes(index) != [symbol]:
+        return False
+    return index.target is torch.ops.aten.arange.default or tuple(index.args[:1] + index.args[2:]) in ((0,), (0, 1))
 
 
 def _sizes(node: Any) -> list[Any]:

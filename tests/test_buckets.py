@@ -53,6 +53,8 @@ ALONE: dict[str, Function] = {
     "blended and split again": lambda x, w: (x.reshape(-1, 4) @ w).view(x.shape[0], 4, 4).softmax(-1),
     "two outputs, one turned": lambda x, w: (x.mean(2), x.permute(2, 0, 1), w * 2),
     "made from the size": lambda x, w: x + torch.ones(x.shape[0], 1, 4),
+    "repeated": lambda x, w: x * w[0].repeat(x.shape[0], 4, 1),
+    "a place of each row": lambda x, w: x[torch.arange(x.shape[0]), x[:, :, 0].argmax(1)],
     "expanded": lambda x, w: torch.cat([w[:1].expand(x.shape[0], 1, 4), x], 1),
 }
 
@@ -90,6 +92,8 @@ MIXED: dict[str, Function] = {
     "counted": lambda x, w: x / x.shape[0],
     "counted, as an output": lambda x, w: (x, x.shape[0]),
     "the largest": lambda x, w: x.argmax(0),
+    "looked up backwards": lambda x, w: x[x.shape[0] - 1 - torch.arange(x.shape[0]), 0],
+    "every row by place": lambda x, w: x[torch.arange(1, x.shape[0] + 1) - 1],
     "looked up": lambda x, w: x.index_select(0, torch.tensor([0, 0])),
     "neighbours": lambda x, w: F.conv1d(x.permute(1, 2, 0), w[..., None].expand(4, 4, 3), padding=1),
     "written into": lambda x, w: x.index_put((torch.tensor([0]),), w[None]),

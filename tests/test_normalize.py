@@ -192,6 +192,15 @@ def test_contractions_with_a_constant(function, shape, expected):
     assert names(normal(function, torch.randn(shape), weights=(torch.randn(6, 4, 5),))) == expected
 
 
+@pytest.mark.parametrize(("dim", "shape"), [(-1, (2, 3, 8)), (1, (2, 6, 5))])
+def test_a_gated_linear_unit_is_what_it_is_made_of(dim, shape):
+    x = torch.randn(shape)
+    graph = normal(lambda x: F.glu(x, dim), x)
+    assert names(graph)[-2:] == ["sigmoid", "mul"]
+    assert "glu" not in names(graph)
+    torch.testing.assert_close(graph.run(x)[0], F.glu(x, dim))
+
+
 def test_a_bias_that_is_added_belongs_to_the_product():
     graph = normal(lambda x, w, b: b + x @ w, torch.randn(2, 3, C), weights=(W, torch.randn(8)))
     assert names(graph) == ["linear"]

@@ -137,6 +137,17 @@ def test_a_place_in_a_slice_is_counted_from_the_first_token(read: Callable[[Tens
     assert {node.args[3] for node in graph.calls if is_op(node, "match_tokens")} == {protected}
 
 
+@pytest.mark.parametrize("places", [[-1], [0, 5]], ids=str)
+def test_a_token_that_is_looked_up_has_its_own_row(places: list[int]) -> None:
+    """Places in a list protect nothing: all tokens come back before they are looked up."""
+    model = Plain(read=lambda x: x[:, places]).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64).repeat_interleave(2, 1)
+    graph = graph_of(model, (x,))
+    after = merged(graph, 2)
+    assert any(is_op(node, "unmerge_tokens") for node in after.calls)
+    torch.testing.assert_close(after.run(x)[0], graph.run(x)[0], **EXACT)
+
+
 def test_the_order_of_choices_does_not_matter() -> None:
     model, inputs = make("vit_mean", T=40)
     graph = graph_of(model.double(), tuple(x.double() for x in inputs))

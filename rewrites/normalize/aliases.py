@@ -55,9 +55,19 @@ def _mean_of_row(b: Builder, a: dict[str, Any]) -> Node | None:
     return b.call(aten("mean.dim"), (a["self"], [-1], True)) if list(a["output_size"]) == [1] else None
 
 
+def _glu(b: Builder, a: dict[str, Any]) -> Node | None:
+    """One half times the sigmoid of the other: then kernels and axes are those of what it is made of."""
+    width = tensor_type(a["self"]).shape[a["dim"]]
+    if not isinstance(width, int):
+        return None
+    halves = b.split(a["self"], width // 2, a["dim"])
+    return b.mul(b.item(halves, 0), b.sigmoid(b.item(halves, 1)))
+
+
 SPELLED: dict[Any, Callable[[Builder, dict[str, Any]], Node | None]] = {
     aten("square.default"): _square,
     aten("relu6.default"): _relu6,
     aten("addcmul.default"): _addcmul,
     aten("adaptive_avg_pool1d.default"): _mean_of_row,
+    aten("glu.default"): _glu,
 }

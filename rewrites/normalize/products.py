@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import Node
 
 from paretorch.ir.builder import Builder
-from paretorch.ir.graph import Graph, origin_of, shape_of, tensor_type
+from paretorch.ir.graph import Graph, arguments, origin_of, shape_of, tensor_type
 from paretorch.ir.ops import aten
 from paretorch.rewrites.normalize.contractions import Letters, einsum_letters, permuted, reshaped
 
@@ -37,7 +37,7 @@ def products(graph: Graph) -> Graph:
     for node in graph.calls:
         letters = einsum_letters(node) if node.target is aten("einsum.default") else None
         if letters is not None:
-            left, right = node.args[1]  # type: ignore[misc]
+            left, right = arguments(node)["tensors"]
             _to_product(graph, node, left, right, letters)
     return graph.clean()
 

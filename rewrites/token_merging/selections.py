@@ -76,10 +76,11 @@ def _read(graph: Graph, axes: AxisFacts, atom: Atom, node: Node) -> range:
     """The places of the tokens that a selection takes, if these are some leading ones and not all behind a place."""
     if is_op(node, "fold_frames", "unfold_frames"):
         return range(selected(graph, axes, atom, node))
-    start, until = _start(graph, axes, whole_of(graph, axes, atom), node), selected(graph, axes, atom, node)
-    if start is None or until < 0 or (is_op(node, "slice") and (arguments(node).get("start") or 0) > 0):
+    until = selected(graph, axes, atom, node)
+    if until < 0 or (is_op(node, "slice") and (arguments(node).get("start") or 0) > 0):
         return range(0)
-    return range(until - 1 if is_op(node, "select") else start, until)
+    start = _start(graph, axes, whole_of(graph, axes, atom), node)
+    return range(until - 1 if is_op(node, "select") or start is None else start, until)
 
 
 def _start(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int | None:
