@@ -99,15 +99,11 @@ def _rows(graph: Graph, symbol: sympy.Symbol) -> Rows | str:
         return inputs
     maps, family = token_axes(graph).maps, set[int]()
     for node, dim in zip(graph.inputs, inputs, strict=True):
-        atoms = maps[node.name][dim] if dim is not None else ()
-        for atom in atoms:
-            if atom.number in family:
-                continue
-            axis = axis_of(graph, atom)
-            family |= {atom.number, *axis.family}
-            for use in axis.uses:
-                if not _is_harmless(use, graph, symbol):
-                    return f"{use.node} {use.kind} the {symbol} rows of {node.name}" + (f": {use.reason}" if use.reason else "")
+        found = [axis_of(graph, atom) for atom in (maps[node.name][dim] if dim is not None else ()) if atom.number not in family]
+        family |= {number for axis in found for number in (axis.atom.number, *axis.family)}
+        use = next((use for axis in found for use in axis.uses if not _is_harmless(use, graph, symbol)), None)
+        if use is not None:
+            return f"{use.node} {use.kind} the {symbol} rows of {node.name}" + (f": {use.reason}" if use.reason else "")
     for node in graph.calls:
         if any(_depends(value, symbol) for value in _numbers(node)):
             return f"{node.name} computes with how many rows there are"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch.fx import Node
@@ -86,7 +87,7 @@ def _joined(b: Builder, value: Node, shape: Sequence[Any], parts: _Parts, *pair:
     """The value as matrices: its indices behind those of the batch become two, however many of each there are."""
     if all(len(group) == 1 for group in pair):
         return value
-    sizes = [*shape[: len(parts.batch)], *(_length(group, parts) for group in pair)]
+    sizes = [*shape[: len(parts.batch)], *(prod(parts.sizes[name] for name in group) for group in pair)]
     return _viewed(b, value, sizes)
 
 
@@ -95,13 +96,6 @@ def _apart(b: Builder, value: Node, parts: _Parts) -> Node | None:
     if len(parts.rows) == len(parts.columns) == 1:
         return value
     return _viewed(b, value, [parts.sizes[name] for name in [*parts.batch, *parts.rows, *parts.columns]])
-
-
-def _length(group: Letters, parts: _Parts) -> Any:
-    total = 1
-    for name in group:
-        total *= parts.sizes[name]
-    return total
 
 
 def _viewed(b: Builder, value: Node, sizes: Sequence[Any]) -> Node | None:

@@ -80,7 +80,8 @@ def _read(graph: Graph, axes: AxisFacts, atom: Atom, node: Node) -> range:
     if until < 0 or (is_op(node, "slice") and (arguments(node).get("start") or 0) > 0):
         return range(0)
     start = _start(graph, axes, whole_of(graph, axes, atom), node)
-    return range(until - 1 if is_op(node, "select") or start is None else start, until)
+    assert start is not None  # `selected` needs it, too
+    return range(until - 1 if is_op(node, "select") else start, until)
 
 
 def _start(graph: Graph, axes: AxisFacts, whole: Atom, node: Node) -> int | None:
