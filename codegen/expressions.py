@@ -85,6 +85,8 @@ def not_expressible(node: Node) -> str | None:
         return f"{op.name} has no Triton text: {text.reason}"
     if is_op(node, "logical_not", "logical_and", "logical_or") and any(dtype_of(argument) != "bool" for argument in node.all_input_nodes):
         return f"{node.name} ({op.name}) is of numbers; its Triton text is for truths"
+    if is_op(node, "round", "floor", "ceil") and compute_type(dtype_of(node)) not in ("f32", "f64"):
+        return f"{node.name} ({op.name}) is of whole numbers; its Triton text is for real ones"
     return _leftover(node, text)
 
 

@@ -309,6 +309,7 @@ def test_refusals() -> None:
         reason(lambda b, x: b.call(aten("add.Tensor"), (x, x), {"alpha": 2}), x="f32[4]")
         == "add has alpha=2, which its Triton text leaves out"
     )
+    assert reason(lambda b, x: b.round(x), x="i64[4]") == "round_1 (round) is of whole numbers; its Triton text is for real ones"
     assert reason(lambda b, x: b.softplus(x), x="f32[4]") == "softplus has no Triton text: has a threshold"
     assert reason(lambda b, x: b.add(x, x), x="c64[4]") == "add computes with a type that the templates do not hold"
     assert (
